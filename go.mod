@@ -1,0 +1,3 @@
+module github.com/KarpelesLab/slirp
+
+go 1.25
