@@ -1,0 +1,157 @@
+package ring
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// NetNS is a network namespace without a name. It ends with its last socket,
+// device and process, so nothing is left when the program dies.
+type NetNS struct {
+	file *os.File
+}
+
+// NewNetNS makes a namespace whose only device is its loopback, which is up.
+func NewNetNS() (*NetNS, error) {
+	ns := new(NetNS)
+	err := onThread(func() (err error) {
+		if err = unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return os.NewSyscallError("unshare", err)
+		}
+		ns.file, err = os.Open("/proc/thread-self/ns/net")
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := ns.IP("link set lo up"); err != nil {
+		ns.Close()
+		return nil, err
+	}
+	return ns, nil
+}
+
+// Close lets go of the namespace.
+func (ns *NetNS) Close() error { return ns.file.Close() }
+
+// Do runs f on a thread in the namespace. A socket made there stays there, and
+// may be used by any goroutine.
+func (ns *NetNS) Do(f func() error) error {
+	return onThread(func() error {
+		if err := unix.Setns(int(ns.file.Fd()), unix.CLONE_NEWNET); err != nil {
+			return os.NewSyscallError("setns", err)
+		}
+		return f()
+	})
+}
+
+// onThread runs f on an operating system thread of its own.
+func onThread(f func() error) error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		done <- f()
+	}()
+	return <-done
+}
+
+// Run runs a program in the namespace. It is killed with this process.
+func (ns *NetNS) Run(cmd *exec.Cmd) error {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	var stderr strings.Builder
+	if cmd.Stderr == nil {
+		cmd.Stderr = &stderr
+	}
+	if err := ns.Do(cmd.Run); err != nil {
+		return fmt.Errorf("%s: %w: %s", cmd, err, strings.TrimSpace(stderr.String()))
+	}
+	return nil
+}
+
+// IP runs commands of ip(8) in the namespace, up to the first that fails.
+func (ns *NetNS) IP(commands ...string) error {
+	cmd := exec.Command("ip", "-batch", "-")
+	cmd.Stdin = strings.NewReader(strings.Join(commands, "\n") + "\n")
+	return ns.Run(cmd)
+}
+
+// TAP makes a TAP device in the namespace. Each Read and Write of the file is
+// one Ethernet frame; the device goes when the file is closed.
+func (ns *NetNS) TAP(name string) (file *os.File, err error) {
+	err = ns.Do(func() error {
+		ifr, err := unix.NewIfreq(name)
+		if err != nil {
+			return err
+		}
+		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+		if err != nil {
+			return fmt.Errorf("/dev/net/tun: %w", err)
+		}
+		ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI)
+		if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
+			unix.Close(fd)
+			return os.NewSyscallError("TUNSETIFF", err)
+		}
+		file = os.NewFile(uintptr(fd), name)
+		return nil
+	})
+	return file, err
+}
+
+// Dial connects a socket of the namespace. The address holds an IP address, not
+// a name.
+func (ns *NetNS) Dial(ctx context.Context, d *net.Dialer, network, address string) (conn net.Conn, err error) {
+	err = ns.Do(func() (err error) {
+		conn, err = d.DialContext(ctx, network, address)
+		return err
+	})
+	return conn, err
+}
+
+// Listen listens in the namespace.
+func (ns *NetNS) Listen(ctx context.Context, address string) (l net.Listener, err error) {
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false)
+	err = ns.Do(func() (err error) {
+		l, err = lc.Listen(ctx, "tcp", address)
+		return err
+	})
+	return l, err
+}
+
+// ListenPacket opens a UDP socket in the namespace.
+func (ns *NetNS) ListenPacket(ctx context.Context, address string) (c net.PacketConn, err error) {
+	err = ns.Do(func() (err error) {
+		c, err = new(net.ListenConfig).ListenPacket(ctx, "udp", address)
+		return err
+	})
+	return c, err
+}
+
+// ReceiveErrors is a [net.Dialer.Control] that asks for every ICMP error on a
+// datagram socket. Without it Linux reports only those that it holds to be
+// lasting, and "network unreachable" is none.
+func ReceiveErrors(network, _ string, c syscall.RawConn) error {
+	level, option := unix.IPPROTO_IP, unix.IP_RECVERR
+	switch network {
+	case "udp4":
+	case "udp6":
+		level, option = unix.IPPROTO_IPV6, unix.IPV6_RECVERR
+	default:
+		return nil
+	}
+	var err error
+	failed := c.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), level, option, 1)
+	})
+	return errors.Join(failed, err)
+}

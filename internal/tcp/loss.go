@@ -1,0 +1,147 @@
+package tcp
+
+// Loss recovery: SACK-based by RFC 6675, NewReno by RFC 6582 for a peer without
+// SACK, after a timeout by RFC 5681 section 3.1, limited transmit by RFC 3042.
+//
+// One estimate serves all of them: pipe, the bytes that are still in the
+// network (RFC 6675 section 4). Without SACK every duplicate ACK says that one
+// segment has left it. cwnd is therefore never inflated as in RFC 6582; to leave
+// the segment out of pipe lets the same segments go. Limited transmit needs no
+// code for the same reason.
+
+const dupThresh = 3 // RFC 5681 section 3.2, DupThresh of RFC 6675
+
+// maxSacked bounds the spans of the scoreboard. A block that would make one
+// more is ignored, which costs a retransmission at worst.
+const maxSacked = 128
+
+// phase is the kind of recovery under way.
+type phase uint8
+
+const (
+	phaseOpen phase = iota // none
+	phaseFast              // fast recovery, until recover is acknowledged
+	phaseRTO               // after a timeout, until recover is acknowledged
+)
+
+// lossState is the scoreboard, and what recovery has done with it.
+type lossState struct {
+	sack    bool     // SACK was negotiated
+	sacked  rangeSet // what the peer holds above una
+	dupAcks int64
+	phase   phase
+	recover int64 // nxt when recovery began: RecoveryPoint
+	highRxt int64 // end of what was retransmitted in this recovery: HighRxt
+	rescued bool  // the rescue retransmission was used (NextSeg rule 4)
+	limited int64 // bytes sent by limited transmit since the first duplicate ACK
+	rtxDue  bool  // the first segment goes out whatever pipe says
+}
+
+// left returns the bytes that have left the network above una: they were
+// SACKed, or duplicate ACKs stand for them.
+func (l *lossState) left(una, nxt, mss int64) int64 {
+	if l.sack {
+		return l.sacked.size()
+	}
+	return min(l.dupAcks*mss, max(0, nxt-una-mss))
+}
+
+// lostEdge returns the offset below which everything that the peer does not
+// hold counts as lost: IsLost of RFC 6675 section 4, as a threshold.
+func (l *lossState) lostEdge(una, nxt, mss int64) int64 {
+	switch {
+	case l.phase == phaseRTO:
+		return l.recover
+	case !l.sack && l.phase == phaseFast:
+		return min(una+mss, nxt)
+	}
+	var bytes int64
+	for i := len(l.sacked) - 1; i >= 0; i-- {
+		s := l.sacked[i]
+		bytes += s.end - s.start
+		if len(l.sacked)-i >= dupThresh || bytes > (dupThresh-1)*mss {
+			return s.start
+		}
+	}
+	return una
+}
+
+// missing returns how many bytes of [una, off) the peer does not hold.
+func (l *lossState) missing(una, off int64) int64 {
+	return max(0, off-una-l.sacked.sizeBefore(off))
+}
+
+// pipe is SetPipe of RFC 6675 section 4: what was sent, less what has left the
+// network and what is lost, plus what was sent again.
+func (l *lossState) pipe(una, nxt, mss int64) int64 {
+	p := nxt - una - l.left(una, nxt, mss)
+	if l.phase != phaseOpen {
+		p += l.missing(una, l.highRxt) - l.missing(una, l.lostEdge(una, nxt, mss))
+	}
+	return max(0, p)
+}
+
+// nextLost returns the next range to retransmit because it is lost: rule 1 of
+// NextSeg, RFC 6675 section 4.
+func (l *lossState) nextLost(una, nxt, mss int64) span {
+	edge := l.lostEdge(una, nxt, mss)
+	gap := l.sacked.nextGap(max(una, l.highRxt), nxt)
+	if gap.start >= edge {
+		return span{}
+	}
+	gap.end = min(gap.end, gap.start+mss)
+	return gap
+}
+
+// nextDoubtful returns a range to retransmit although it is not known to be
+// lost: rules 3 and 4 of NextSeg.
+func (l *lossState) nextDoubtful(una, nxt, mss int64) span {
+	if !l.sack || l.phase != phaseFast || len(l.sacked) == 0 {
+		return span{}
+	}
+	top := l.sacked[len(l.sacked)-1].end
+	if gap := l.sacked.nextGap(max(una, l.highRxt), top); gap.start < gap.end {
+		gap.end = min(gap.end, gap.start+mss)
+		return gap
+	}
+	if !l.rescued && top < nxt {
+		l.rescued = true
+		return span{max(top, nxt-mss), nxt}
+	}
+	return span{}
+}
+
+// enter begins recovery of everything that is outstanding.
+func (l *lossState) enter(p phase, una, nxt int64) {
+	l.phase, l.recover, l.highRxt = p, nxt, una
+	l.rescued, l.rtxDue, l.limited = false, true, 0
+	if p == phaseRTO {
+		// RFC 2018 section 8: after a timeout the peer may have reneged.
+		l.sacked = l.sacked[:0]
+		l.dupAcks = 0
+	}
+}
+
+// leave ends recovery.
+func (l *lossState) leave() {
+	l.phase, l.dupAcks, l.limited, l.rtxDue = phaseOpen, 0, 0, false
+}
+
+// advance takes a cumulative ACK of n bytes up to una, and reports whether it
+// ended a recovery.
+func (l *lossState) advance(una, n, mss int64) (ended bool) {
+	l.sacked.removeBefore(una)
+	switch {
+	case l.phase == phaseOpen:
+		l.dupAcks, l.limited = 0, 0
+	case una >= l.recover:
+		l.leave()
+		return true
+	case !l.sack && l.phase == phaseFast:
+		// A partial ACK, RFC 6582 section 3.2 step 3: the next segment is lost
+		// too; of the duplicates, those that the ACK covers are accounted for.
+		l.dupAcks = max(0, l.dupAcks-max(0, n/mss-1))
+		l.highRxt, l.rtxDue = una, true
+	}
+	return false
+}

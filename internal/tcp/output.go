@@ -1,0 +1,316 @@
+package tcp
+
+import "time"
+
+// What to send next: RFC 9293 sections 3.8.6 (windows, silly-window avoidance)
+// and 3.10.2 (SEND), NextSeg of RFC 6675 section 4. To decide and to build are
+// one step, so that there is one account of what is due.
+
+// Output writes the segment that is due, with checksum 0, to buf and returns its
+// length; 0 when nothing is due. buf needs MaxHeaderLen and a segment's payload.
+func (t *TCB) Output(now time.Time, buf []byte) int {
+	switch {
+	case t.rstDue:
+		return t.outputReset(now, buf)
+	case t.state == Closed:
+		return 0
+	case t.synDue:
+		return t.outputSYN(now, buf)
+	}
+	if t.synchronized() && t.state != TimeWait {
+		if s, kind := t.nextSegment(now); kind != sendNothing {
+			return t.outputData(now, buf, s, kind)
+		}
+		t.guardOutstanding(now)
+	}
+	switch {
+	case t.probeDue:
+		// SND.UNA-1 without data: the peer must answer with an ACK.
+		t.probeDue = false
+		return t.output(now, buf, &Segment{Seq: t.snd.seq.wrap(t.snd.una - 1), Flags: ACK}, 0)
+	case t.ackDue:
+		return t.output(now, buf, &Segment{Seq: t.snd.seq.wrap(t.snd.nxt), Flags: ACK}, 0)
+	}
+	return 0
+}
+
+// outputReset is the last segment of a connection, or the answer to one that
+// does not belong to it.
+func (t *TCB) outputReset(now time.Time, buf []byte) int {
+	t.rstDue = false
+	seg := Segment{SrcPort: t.cfg.LocalPort, DstPort: t.cfg.RemotePort, Seq: t.rst, Flags: RST}
+	if t.rstAck {
+		seg.Flags |= ACK
+		seg.Ack = t.rcv.seq.wrap(t.rcv.nxt)
+		t.stamp(now, &seg)
+	}
+	return seg.MarshalHeader(buf)
+}
+
+// outputSYN sends the SYN, or the SYN-ACK. Options are answered, not offered,
+// to a peer that began (RFC 7323 section 2.2 and 3.2, RFC 2018 section 2).
+func (t *TCB) outputSYN(now time.Time, buf []byte) int {
+	t.synDue = false
+	seg := Segment{
+		Seq: t.snd.seq.wrap(0), Flags: SYN, MSS: uint16(t.cfg.MSS),
+		SACKPermitted: t.loss.sack, HasScale: !t.scaleRefused, Scale: t.rcv.scale,
+	}
+	if t.state == SynReceived {
+		seg.Flags |= ACK
+	}
+	if t.snd.nxt == 0 {
+		t.snd.nxt = 1
+		t.timing, t.timedSeq, t.timedAt = true, 0, now
+	}
+	if !t.armed(timerRexmt) {
+		t.arm(timerRexmt, now, t.rtt.timeout())
+	}
+	return t.output(now, buf, &seg, 0)
+}
+
+// sendKind says why data is sent.
+type sendKind uint8
+
+const (
+	sendNothing sendKind = iota
+	sendNew
+	sendAgain
+	sendRescue // sent again without a mark in HighRxt
+)
+
+// nextSegment chooses the offsets to send: NextSeg of RFC 6675 section 4 within
+// the windows of both sides.
+func (t *TCB) nextSegment(now time.Time) (span, sendKind) {
+	una, nxt, mss := t.snd.una, t.snd.nxt, t.mss()
+	l := &t.loss
+	if l.rtxDue {
+		l.rtxDue = false
+		gap := l.sacked.nextGap(una, nxt)
+		gap.end = min(gap.end, gap.start+mss)
+		if s, ok := t.withinWindow(gap); ok {
+			return s, sendAgain
+		}
+	}
+	room := t.reno.cwnd - l.pipe(una, nxt, mss)
+	if l.phase != phaseOpen && room >= mss {
+		if s, ok := t.withinWindow(l.nextLost(una, nxt, mss)); ok {
+			return s, sendAgain
+		}
+	}
+	if s, ok := t.newData(now, room); ok {
+		return s, sendNew
+	}
+	if l.phase == phaseFast && room >= mss {
+		rescued := l.rescued
+		if s, ok := t.withinWindow(l.nextDoubtful(una, nxt, mss)); ok {
+			if l.rescued != rescued {
+				return s, sendRescue
+			}
+			return s, sendAgain
+		}
+	}
+	return span{}, sendNothing
+}
+
+// withinWindow cuts s to the peer's window, which may have shrunk since it was
+// sent (RFC 9293 SHLD-16).
+func (t *TCB) withinWindow(s span) (span, bool) {
+	s.end = min(s.end, t.snd.una+t.snd.wnd)
+	return s, s.start < s.end
+}
+
+// usableWindow is what the peer's window has room for behind SND.NXT.
+func (t *TCB) usableWindow() int64 { return t.snd.una + t.snd.wnd - t.snd.nxt }
+
+// pending reports whether data or a FIN waits to be sent for the first time.
+func (t *TCB) pending() bool {
+	return t.snd.nxt < t.sendBuf.end || t.finQueued && t.snd.nxt == t.sendBuf.end
+}
+
+// newData chooses what to send for the first time, if room for it is left in
+// the network. There is no Nagle algorithm: what is queued goes.
+func (t *TCB) newData(now time.Time, room int64) (span, bool) {
+	if !t.pending() {
+		return span{}, false
+	}
+	nxt, mss := t.snd.nxt, t.mss()
+	queued, usable := t.sendBuf.end-nxt, t.usableWindow()
+	n := min(queued, mss, usable)
+	if n < min(queued, mss) && n < t.snd.maxWnd/2 && !t.override {
+		return span{}, false // RFC 9293 section 3.8.6.2.1: a silly segment
+	}
+	s := span{nxt, nxt + max(n, 0)}
+	if t.finQueued && n == queued && n < usable {
+		s.end++
+	}
+	if s.start == s.end {
+		return span{}, false
+	}
+	if s.end-s.start > room {
+		if nxt > t.snd.una || now.Sub(t.lastSend) < t.rtt.timeout() {
+			t.limitedAt = nxt
+		}
+		return span{}, false
+	}
+	return s, true
+}
+
+// restartIdle is RFC 5681 section 4.1: after a pause longer than the RTO the
+// old cwnd says nothing about the network any more.
+func (t *TCB) restartIdle(now time.Time) {
+	if t.snd.nxt == t.snd.una && !t.lastSend.IsZero() && now.Sub(t.lastSend) > t.rtt.timeout() {
+		t.reno.cwnd = min(t.reno.cwnd, initialWindow(t.mss()))
+	}
+}
+
+// outputData builds the segment of the offsets s.
+func (t *TCB) outputData(now time.Time, buf []byte, s span, kind sendKind) int {
+	t.override = false
+	n := max(0, min(s.end, t.sendBuf.end)-s.start)
+	seg := Segment{Seq: t.snd.seq.wrap(s.start), Flags: ACK}
+	t.reportBlocks(&seg)
+	if room := t.snd.mss - t.optionsLen(&seg); n > room {
+		n = room
+		s.end = s.start + n
+	}
+	if n > 0 && s.start+n == t.sendBuf.end {
+		seg.Flags |= PSH
+	}
+	if s.end > t.sendBuf.end {
+		seg.Flags |= FIN
+	}
+	switch kind {
+	case sendNew:
+		if t.loss.phase == phaseOpen && t.loss.dupAcks > 0 {
+			t.loss.limited += n
+		}
+		t.snd.nxt = s.end
+		if !t.timing && t.loss.phase == phaseOpen {
+			t.timing, t.timedSeq, t.timedAt = true, s.start, now
+		}
+		t.lastSend = now
+	case sendAgain:
+		t.loss.highRxt = max(t.loss.highRxt, s.end)
+	}
+	if !t.armed(timerRexmt) {
+		t.arm(timerRexmt, now, t.rtt.timeout())
+	}
+	length := t.output(now, buf, &seg, n)
+	t.sendBuf.ring.read(s.start, buf[length-int(n):length])
+	return length
+}
+
+// optionsLen returns the length of the options of a segment that is not a SYN.
+func (t *TCB) optionsLen(seg *Segment) int64 {
+	var n int64
+	if t.timestamps {
+		n += timestampsLen
+	}
+	if seg.Blocks > 0 {
+		n += 4 + 8*int64(seg.Blocks)
+	}
+	return n
+}
+
+// reportBlocks adds the SACK blocks that are to be reported.
+func (t *TCB) reportBlocks(seg *Segment) {
+	if !t.loss.sack || !t.recvBuf.hasBlocks() {
+		return
+	}
+	var spans [maxBlocks]span
+	n := maxBlocks
+	if t.timestamps {
+		n--
+	}
+	n = t.recvBuf.blocks(spans[:n])
+	for i, s := range spans[:n] {
+		seg.SACK[i] = Block{t.rcv.seq.wrap(s.start), t.rcv.seq.wrap(s.end)}
+	}
+	seg.Blocks = uint8(n)
+}
+
+// output completes the header of seg and writes it, with room for n bytes of
+// payload. Every segment acknowledges everything.
+func (t *TCB) output(now time.Time, buf []byte, seg *Segment, n int64) int {
+	seg.SrcPort, seg.DstPort = t.cfg.LocalPort, t.cfg.RemotePort
+	if seg.Flags&ACK != 0 {
+		seg.Ack = t.rcv.seq.wrap(t.rcv.nxt)
+		t.rcv.acked = t.rcv.nxt
+		t.ackDue = false
+		t.disarm(timerDelack)
+		if n == 0 && seg.Flags&(SYN|FIN) == 0 {
+			t.reportBlocks(seg)
+		}
+	}
+	seg.Window = t.advertise(seg.Flags&SYN != 0)
+	t.stamp(now, seg)
+	return seg.MarshalHeader(buf) + int(n)
+}
+
+// stamp adds timestamps if they are in force.
+func (t *TCB) stamp(now time.Time, seg *Segment) {
+	if t.timestamps {
+		seg.HasTimestamps, seg.TSVal = true, t.tsVal(now)
+		if seg.Flags&ACK != 0 {
+			seg.TSEcr = t.tsRecent
+		}
+	}
+}
+
+// tsVal is the timestamp clock: milliseconds, from a random offset.
+func (t *TCB) tsVal(now time.Time) uint32 {
+	return t.cfg.TSOffset + uint32(now.Sub(t.start)/time.Millisecond)
+}
+
+// windowEdge returns the right edge of the window to advertise: the end of the
+// buffer, unless that would move the edge by a silly amount (RFC 9293 section
+// 3.8.6.2.2).
+func (t *TCB) windowEdge() int64 {
+	edge := t.recvBuf.base + t.recvBuf.max
+	if edge-t.rcv.adv < min(int64(t.cfg.MSS), t.recvBuf.max/2) {
+		return t.rcv.adv
+	}
+	return edge
+}
+
+// advertise returns the window field of the next segment. The right edge never
+// moves left (RFC 9293 SHLD-14), so what the scale cannot express is rounded up
+// where it was promised before.
+func (t *TCB) advertise(syn bool) uint16 {
+	var scale uint8
+	if !syn {
+		scale = t.rcv.scale
+	}
+	edge := t.windowEdge()
+	w := max(0, edge-t.rcv.nxt) >> scale
+	if t.rcv.nxt+w<<scale < t.rcv.adv {
+		w = (t.rcv.adv - t.rcv.nxt + 1<<scale - 1) >> scale
+	}
+	w = min(w, 65535)
+	t.rcv.adv = max(t.rcv.adv, t.rcv.nxt+w<<scale)
+	return uint16(w)
+}
+
+// guardOutstanding keeps a timer on what was sent, or cannot be sent because of
+// the peer's window. It runs when there is nothing left to send.
+func (t *TCB) guardOutstanding(now time.Time) {
+	outstanding := t.snd.nxt > t.snd.una
+	switch {
+	case t.snd.wnd <= 0 && (outstanding || t.pending()), !outstanding && t.pending():
+		t.disarm(timerRexmt)
+		if !t.armed(timerPersist) {
+			d := t.rtt.timeout()
+			if t.usableWindow() > 0 {
+				d = overrideTime
+			}
+			t.arm(timerPersist, now, d)
+		}
+		return
+	case outstanding && !t.armed(timerRexmt):
+		t.arm(timerRexmt, now, t.rtt.timeout())
+	case !outstanding:
+		t.disarm(timerRexmt)
+	}
+	t.disarm(timerPersist)
+	t.persistBackoff = 0
+}

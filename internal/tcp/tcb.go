@@ -1,0 +1,422 @@
+package tcp
+
+import "time"
+
+// State is a state of RFC 9293 section 3.3.2. LISTEN is missing: a listener has
+// no TCB, it makes one for each SYN.
+type State uint8
+
+const (
+	Closed State = iota
+	SynSent
+	SynReceived
+	Established
+	FinWait1
+	FinWait2
+	CloseWait
+	Closing
+	LastAck
+	TimeWait
+)
+
+func (s State) String() string {
+	return [...]string{"CLOSED", "SYN-SENT", "SYN-RECEIVED", "ESTABLISHED", "FIN-WAIT-1", "FIN-WAIT-2",
+		"CLOSE-WAIT", "CLOSING", "LAST-ACK", "TIME-WAIT"}[s]
+}
+
+// Reason says why a connection is closed.
+type Reason uint8
+
+const (
+	None     Reason = iota // it is not, or it ended as it should
+	Reset                  // by the peer
+	Refused                // by the peer, before it was established
+	TimedOut               // the peer did not answer
+	Aborted                // by this side
+)
+
+// Events is a set of things that have happened since Events was last called.
+type Events uint8
+
+const (
+	EventConnected Events = 1 << iota // the handshake has ended
+	EventReadable                     // bytes or the end of the peer's data can be read
+	EventWritable                     // the send buffer has room again
+	EventTimeWait                     // both sides have closed; the state lingers
+	EventClosed                       // the connection is gone
+)
+
+const maxScale = 14 // RFC 7323 section 2.3
+
+// mssFloor bounds the segment size from below: a peer cannot make this side cut
+// its data to crumbs.
+const mssFloor = 48
+
+// Config describes one connection. All of it is needed but KeepAlive.
+type Config struct {
+	LocalPort, RemotePort uint16
+	MSS                   int    // the largest segment the link carries: its MTU less IP and TCP headers
+	DefaultMSS            int    // what a peer takes that does not say (RFC 9293 section 3.7.1)
+	SendBuffer            int    // bytes
+	ReceiveBuffer         int    // bytes
+	ISS                   uint32 // the initial send sequence number (RFC 6528)
+	TSOffset              uint32 // added to timestamps (RFC 7323 section 5.4)
+	KeepAlive             KeepAlive
+}
+
+// TCB is the state of one connection, RFC 9293 section 3.3.1. The zero value is
+// not usable.
+//
+//	     1         2          3          4
+//	----------|----------|----------|----------
+//	       snd.una    snd.nxt    snd.una+snd.wnd
+//
+//	1 acknowledged  2 sent, not acknowledged  3 may be sent  4 may not
+//
+//	     1          2          3
+//	----------|----------|----------
+//	       rcv.nxt    rcv.adv
+//
+//	1 received  2 may be sent by the peer: it was promised  3 may not
+type TCB struct {
+	cfg    Config
+	state  State
+	reason Reason
+	events Events
+	active bool // this side began
+
+	snd struct {
+		seq      seqSpace
+		una, nxt int64 // nxt never goes back: what is sent again is loss's business
+		wnd      int64
+		wl1, wl2 int64 // SEG.SEQ and SEG.ACK of the latest window update
+		maxWnd   int64 // MAX.SND.WND of RFC 5961 section 5.2
+		mss      int64 // payload and options, as the peer and the link allow
+		scale    uint8 // of the peer's window
+	}
+	rcv struct {
+		seq   seqSpace
+		nxt   int64
+		adv   int64 // right edge of the advertised window; never retracted
+		acked int64 // nxt as last sent to the peer: Last.ACK.sent
+		fin   int64 // offset of the peer's FIN; 0: not seen yet
+		mss   int64 // longest payload seen, for the every-second-segment rule
+		scale uint8 // of our window
+	}
+	sendBuf sendBuf
+	recvBuf recvBuf
+
+	rtt     rttState
+	reno    renoState
+	loss    lossState
+	timing  bool // a segment is being timed: timedSeq, timedAt
+	retries int  // retransmissions of the segment at una
+	probes  int  // window probes without an answer
+	timers  [numTimers]time.Time
+
+	timestamps bool // negotiated
+	tsRecent   uint32
+	tsRecentAt time.Time // when tsRecent was set
+	start      time.Time // zero of the timestamp clock
+	timedSeq   int64
+	timedAt    time.Time
+	lastSend   time.Time // of data
+	limitedAt  int64     // nxt when cwnd last held data back
+	challenged time.Time // when the last challenge ACK was sent
+
+	keepProbes     int
+	persistBackoff uint8
+	finQueued      bool   // the application has written its last byte
+	orphan         bool   // the application has left: nobody reads
+	discard        bool   // what arrives is thrown away
+	scaleRefused   bool   // the peer does not scale windows (RFC 7323 section 2.2)
+	blocked        bool   // the application found the send buffer full
+	synDue         bool   // a SYN, or SYN-ACK, is to be sent
+	ackDue         bool   // an ACK is to be sent at once
+	probeDue       bool   // a probe is to be sent
+	override       bool   // silly-window avoidance is off for one segment
+	rstDue         bool   // a reset with rst is to be sent
+	rst            uint32 // its sequence number
+	rstAck         bool   // it acknowledges: an abort, not the answer to a segment
+}
+
+func newTCB(cfg Config, now time.Time) *TCB {
+	t := &TCB{cfg: cfg, start: now}
+	t.snd.seq = seqSpace(cfg.ISS)
+	t.sendBuf = sendBuf{base: 1, end: 1, max: int64(cfg.SendBuffer)}
+	t.recvBuf = recvBuf{base: 1, nxt: 1, max: int64(cfg.ReceiveBuffer)}
+	t.snd.mss = int64(min(cfg.MSS, cfg.DefaultMSS))
+	t.rcv.scale = scaleFor(cfg.ReceiveBuffer)
+	t.rtt.rto = initialRTO
+	t.synDue = true
+	return t
+}
+
+// scaleFor returns the smallest shift with which a window field holds n.
+func scaleFor(n int) uint8 {
+	var s uint8
+	for s < maxScale && 65535<<s < n {
+		s++
+	}
+	return s
+}
+
+// NewActive begins a connection: the first Output is the SYN.
+func NewActive(cfg Config, now time.Time) *TCB {
+	t := newTCB(cfg, now)
+	t.active = true
+	t.state = SynSent
+	t.timestamps, t.loss.sack = true, true // offered
+	return t
+}
+
+// NewPassive answers the SYN of a peer: the first Output is the SYN-ACK.
+func NewPassive(cfg Config, now time.Time, syn *Segment) *TCB {
+	t := newTCB(cfg, now)
+	t.state = SynReceived
+	t.timestamps, t.loss.sack = true, true
+	t.takeSYN(now, syn)
+	return t
+}
+
+// takeSYN learns what the peer's SYN says. An option is in force if both sides
+// have sent it, and this side has offered all of them or answers now.
+func (t *TCB) takeSYN(now time.Time, syn *Segment) {
+	t.rcv.seq = seqSpace(syn.Seq)
+	t.rcv.nxt, t.rcv.acked = 1, 1
+	if syn.MSS != 0 {
+		t.snd.mss = min(max(int64(syn.MSS), mssFloor), int64(t.cfg.MSS))
+	}
+	if syn.HasScale {
+		t.snd.scale = syn.Scale
+	} else {
+		t.rcv.scale, t.scaleRefused = 0, true
+	}
+	t.timestamps = t.timestamps && syn.HasTimestamps
+	t.loss.sack = t.loss.sack && syn.SACKPermitted
+	if t.timestamps {
+		t.tsRecent, t.tsRecentAt = syn.TSVal, now
+	}
+	t.snd.wnd = int64(syn.Window) // never scaled on a SYN (RFC 7323 section 2.2)
+	t.snd.maxWnd = t.snd.wnd
+	t.reno = newReno(initialWindow(t.mss()))
+}
+
+// mss is the payload of a full segment: RFC 6691, options come out of it.
+func (t *TCB) mss() int64 {
+	if t.timestamps {
+		return t.snd.mss - timestampsLen
+	}
+	return t.snd.mss
+}
+
+// State returns the state of the connection.
+func (t *TCB) State() State { return t.state }
+
+// Reason returns why the connection is closed.
+func (t *TCB) Reason() Reason { return t.reason }
+
+// Events returns what has happened since it was last called.
+func (t *TCB) Events() Events {
+	e := t.events
+	t.events = 0
+	return e
+}
+
+// SendNext returns SND.NXT, from which a connection that replaces this one
+// takes care to begin above (RFC 6191).
+func (t *TCB) SendNext() uint32 { return t.snd.seq.wrap(t.snd.nxt) }
+
+// Buffered returns the bytes that can be read.
+func (t *TCB) Buffered() int { return int(t.recvBuf.nxt - t.recvBuf.base) }
+
+// EOF reports whether the peer has closed its side and all its data was read.
+func (t *TCB) EOF() bool { return t.finReceived() && t.Buffered() == 0 }
+
+func (t *TCB) finReceived() bool { return t.rcv.fin != 0 && t.rcv.nxt > t.rcv.fin }
+
+// Unsent reports whether bytes or a FIN wait for the peer to acknowledge them.
+func (t *TCB) Unsent() bool {
+	return t.sendBuf.end > t.sendBuf.base || t.finQueued && t.snd.una <= t.sendBuf.end
+}
+
+// canSend reports whether the application may write: it may before the
+// handshake has ended, and the bytes wait.
+func (t *TCB) canSend() bool {
+	switch t.state {
+	case SynSent, SynReceived, Established, CloseWait:
+		return !t.finQueued
+	}
+	return false
+}
+
+// Free returns the bytes that can be written. At 0 the caller is told by
+// EventWritable when there is room again.
+func (t *TCB) Free() int {
+	if !t.canSend() {
+		return 0
+	}
+	n := t.sendBuf.free()
+	t.blocked = n == 0
+	return int(n)
+}
+
+// Write queues as much of p as there is room for and returns how much that was.
+func (t *TCB) Write(p []byte) int {
+	if t.Free() == 0 {
+		return 0
+	}
+	n := t.sendBuf.write(p)
+	t.blocked = n < len(p)
+	return n
+}
+
+// Reserve lends up to n bytes of the send buffer to fill, fewer where it wraps
+// or is full. The memory may be written while other methods are called. Commit
+// ends the loan.
+func (t *TCB) Reserve(n int) []byte {
+	if t.Free() == 0 {
+		return nil
+	}
+	return t.sendBuf.reserve(int64(n))
+}
+
+// Commit queues the first n bytes of what Reserve lent.
+func (t *TCB) Commit(n int) {
+	if !t.canSend() {
+		n = 0
+	}
+	t.sendBuf.commit(int64(n))
+}
+
+// Peek lends the bytes that can be read, up to where the buffer wraps. They may
+// be read while other methods are called. Discard ends the loan.
+func (t *TCB) Peek() []byte { return t.recvBuf.peek() }
+
+// Discard forgets the first n bytes of what Peek lent, which may open the window.
+func (t *TCB) Discard(n int) {
+	t.recvBuf.discard(int64(n))
+	t.announceWindow()
+}
+
+// Read moves bytes that can be read to p and returns their number.
+func (t *TCB) Read(p []byte) int {
+	n := t.recvBuf.read(p)
+	t.announceWindow()
+	return n
+}
+
+// announceWindow has a window update sent when reading has opened the window by
+// a segment, and at least doubled it: silly-window avoidance of RFC 9293 section
+// 3.8.6.2.2, and no more updates than the peer has use for.
+func (t *TCB) announceWindow() {
+	gain := t.windowEdge() - t.rcv.adv
+	if gain > 0 && gain >= t.rcv.adv-t.rcv.nxt && !t.finReceived() && t.synchronized() {
+		t.ackDue = true
+	}
+}
+
+// synchronized reports whether both sides know each other's sequence numbers.
+func (t *TCB) synchronized() bool {
+	return t.state != Closed && t.state != SynSent && t.state != SynReceived
+}
+
+// CloseWrite ends this side's data: a FIN follows the last byte.
+func (t *TCB) CloseWrite() {
+	if !t.canSend() {
+		return
+	}
+	t.finQueued = true
+	switch t.state {
+	case SynSent:
+		t.close(Aborted)
+	case Established:
+		t.state = FinWait1
+	case CloseWait:
+		t.state = LastAck
+	}
+}
+
+// CloseRead throws away what has arrived and what will arrive.
+func (t *TCB) CloseRead() {
+	t.discard = true
+	t.recvBuf.drop()
+	t.announceWindow()
+}
+
+// Close is the application's farewell. It ends this side's data; bytes that it
+// has not read reset the connection (RFC 2525 section 2.17), as do any that
+// arrive later. The rest goes on without it, for a bounded time.
+func (t *TCB) Close(now time.Time) {
+	if t.state == Closed || t.orphan {
+		return
+	}
+	if t.Buffered() > 0 {
+		t.Abort()
+		return
+	}
+	t.CloseWrite()
+	t.orphan = true
+	if t.state != TimeWait && t.state != Closed {
+		t.arm(timerEnd, now, orphanTime)
+	}
+}
+
+// Abort resets the connection (RFC 9293 section 3.10.5): the next Output is the
+// reset, the last.
+func (t *TCB) Abort() {
+	switch t.state {
+	case Closed, SynSent, TimeWait:
+	default:
+		t.rstDue, t.rstAck = true, true
+		t.rst = t.snd.seq.wrap(t.snd.nxt)
+	}
+	t.close(Aborted)
+}
+
+// fail gives the connection up, and tells the peer, should it hear.
+func (t *TCB) fail(r Reason) {
+	t.Abort()
+	t.reason = r
+}
+
+// close ends the connection and forgets its data, but for bytes that can still
+// be read after the peer's reset.
+func (t *TCB) close(r Reason) {
+	if t.state == Closed {
+		return
+	}
+	t.state, t.reason = Closed, r
+	t.timers = [numTimers]time.Time{}
+	t.sendBuf.drop()
+	if r != Reset {
+		t.recvBuf.drop()
+	}
+	t.recvBuf.ooo = nil
+	t.loss = lossState{}
+	t.synDue, t.ackDue, t.probeDue = false, false, false
+	t.events |= EventClosed | EventReadable | EventWritable
+}
+
+// enterTimeWait starts, or restarts, the 2MSL timer.
+func (t *TCB) enterTimeWait(now time.Time) {
+	if t.state != TimeWait {
+		t.state = TimeWait
+		t.timers = [numTimers]time.Time{}
+		t.events |= EventTimeWait
+	}
+	t.arm(timerEnd, now, timeWaitTime)
+}
+
+// MayReplace reports whether seg is a SYN that may begin a new connection in
+// the place of this one, which is in TIME-WAIT: RFC 9293 section 3.10.7.4 step 4
+// with RFC 6191.
+func (t *TCB) MayReplace(seg *Segment) bool {
+	if t.state != TimeWait || seg.Flags&(SYN|ACK|RST|FIN) != SYN {
+		return false
+	}
+	if t.timestamps && seg.HasTimestamps && seg.TSVal != t.tsRecent {
+		return tsBefore(t.tsRecent, seg.TSVal)
+	}
+	return t.rcv.seq.unwrap(seg.Seq, t.rcv.nxt) > t.rcv.nxt-1
+}

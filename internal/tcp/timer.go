@@ -1,0 +1,156 @@
+package tcp
+
+import "time"
+
+// Timers: retransmission (RFC 6298 section 5), zero-window probes (RFC 9293
+// section 3.8.6.1), delayed ACK (3.8.6.3), keep-alive (3.8.4), and the ends of
+// TIME-WAIT and of a connection that its application has left.
+
+// timer names a deadline of a TCB.
+type timer uint8
+
+const (
+	timerRexmt   timer = iota // something is outstanding: send it again
+	timerPersist              // the peer's window holds data back: probe it
+	timerDelack               // an ACK is owed
+	timerKeep                 // the peer was silent: probe it
+	timerEnd                  // TIME-WAIT ends, or an orphan has made no progress
+	numTimers
+)
+
+const (
+	maxRetries     = 15 // of data: R2 of RFC 9293 section 3.8.3, about 15 minutes
+	maxSynRetries  = 7  // of a SYN: 255 s, R2 for a SYN is at least 3 minutes
+	delackTimeout  = 40 * time.Millisecond
+	overrideTime   = 500 * time.Millisecond // RFC 9293 section 3.8.6.2.1: 0.1 to 1 s
+	challengePause = 500 * time.Millisecond // between challenge ACKs of one connection
+	// Deviation: RFC 9293 gives a SYN-ACK the R2 of a SYN. Five retransmissions,
+	// 63 s, bound what a half-open connection costs.
+	maxSynAckRetries = 5
+	// Deviation: 2MSL with an MSL of 30 s, as the field has it, not 2 minutes.
+	timeWaitTime = 60 * time.Second
+	orphanTime   = 60 * time.Second
+)
+
+// KeepAlive says how a silent peer is probed. Idle 0: not at all.
+type KeepAlive struct {
+	Idle     time.Duration // silence before the first probe
+	Interval time.Duration // between probes
+	Count    int           // unanswered probes that end the connection
+}
+
+func (t *TCB) arm(i timer, now time.Time, d time.Duration) { t.timers[i] = now.Add(d) }
+func (t *TCB) disarm(i timer)                              { t.timers[i] = time.Time{} }
+func (t *TCB) armed(i timer) bool                          { return !t.timers[i].IsZero() }
+
+// Deadline returns when Advance must be called, and the zero time when nothing
+// waits for time to pass.
+func (t *TCB) Deadline() time.Time {
+	var d time.Time
+	for _, at := range t.timers {
+		if !at.IsZero() && (d.IsZero() || at.Before(d)) {
+			d = at
+		}
+	}
+	return d
+}
+
+// Advance runs the timers whose time has come.
+func (t *TCB) Advance(now time.Time) {
+	for i := range t.timers {
+		if at := t.timers[i]; at.IsZero() || at.After(now) {
+			continue
+		}
+		t.disarm(timer(i))
+		switch timer(i) {
+		case timerRexmt:
+			t.retransmissionTimeout(now)
+		case timerPersist:
+			t.persistTimeout(now)
+		case timerDelack:
+			t.ackDue = true
+		case timerKeep:
+			t.keepTimeout(now)
+		case timerEnd:
+			t.endTimeout()
+		}
+	}
+}
+
+// retransmissionTimeout is RFC 6298 section 5.4 to 5.7.
+func (t *TCB) retransmissionTimeout(now time.Time) {
+	limit := maxRetries
+	switch t.state {
+	case SynSent:
+		limit = maxSynRetries
+	case SynReceived:
+		limit = maxSynAckRetries
+		if t.active {
+			limit = maxSynRetries
+		}
+	}
+	if t.retries++; t.retries > limit {
+		t.fail(TimedOut)
+		return
+	}
+	t.rtt.backoff++
+	t.timing = false // Karn: what is sent again is not timed
+	t.arm(timerRexmt, now, t.rtt.timeout())
+	if t.state == SynSent || t.state == SynReceived {
+		t.synDue = true
+		return
+	}
+	if t.retries == 1 {
+		t.reno.halve(t.snd.nxt-t.snd.una-t.loss.limited, t.mss())
+	}
+	t.reno.cwnd = t.mss()
+	t.loss.enter(phaseRTO, t.snd.una, t.snd.nxt)
+}
+
+// persistTimeout probes a window that is closed, or too small to be worth a
+// segment, which the override then fills.
+func (t *TCB) persistTimeout(now time.Time) {
+	if t.usableWindow() > 0 {
+		t.override = true
+		return
+	}
+	if t.probes++; t.probes > maxRetries {
+		t.fail(TimedOut)
+		return
+	}
+	t.persistBackoff++
+	t.probeDue = true
+	t.arm(timerPersist, now, backedOff(t.rtt.rto, t.persistBackoff))
+}
+
+// keepTimeout probes a silent peer (RFC 9293 section 3.8.4), unless data is on
+// its way to it, whose retransmission does the same.
+func (t *TCB) keepTimeout(now time.Time) {
+	if t.snd.nxt > t.snd.una || t.armed(timerPersist) {
+		t.arm(timerKeep, now, t.cfg.KeepAlive.Idle)
+		return
+	}
+	if t.keepProbes++; t.keepProbes > t.cfg.KeepAlive.Count {
+		t.fail(TimedOut)
+		return
+	}
+	t.probeDue = true
+	t.arm(timerKeep, now, t.cfg.KeepAlive.Interval)
+}
+
+// heard notes that the peer is alive.
+func (t *TCB) heard(now time.Time) {
+	t.probes, t.keepProbes = 0, 0
+	if t.cfg.KeepAlive.Idle > 0 && t.state != TimeWait {
+		t.arm(timerKeep, now, t.cfg.KeepAlive.Idle)
+	}
+}
+
+// endTimeout ends TIME-WAIT, or gives an orphan up.
+func (t *TCB) endTimeout() {
+	if t.state == TimeWait {
+		t.close(None)
+		return
+	}
+	t.fail(TimedOut)
+}
