@@ -1,14 +1,23 @@
 package slirp
 
+import (
+	"context"
+	"net/netip"
+	"time"
+)
+
+// The flow table: what every TCP connection and UDP association of every guest
+// is found by, whether a host socket or a part of the program is behind it.
+
 // link is where frames for a guest go: that of its latest packet.
 type link struct {
 	guest, gw [6]byte
 	w         Writer
 }
 
-// flowKey names a flow in the table that TCP, UDP and virtual flows share. IPv4
-// addresses are stored mapped, and the version tells which header they came in.
-// The fields leave no padding, so the key is hashed as plain memory.
+// flowKey names a flow. IPv4 addresses are stored mapped, and the version tells
+// which header they came in. The fields leave no padding, so the key is hashed
+// as plain memory.
 type flowKey struct {
 	ns        uintptr
 	guest     ipAddr // the guest's end
@@ -17,4 +26,148 @@ type flowKey struct {
 	hostPort  uint16
 	proto     uint16
 	version   uint16 // 4 or 6
+}
+
+// guestEnd and hostEnd return the two ends of the flow.
+func (k *flowKey) guestEnd() netip.AddrPort {
+	return netip.AddrPortFrom(k.guest.addr(), k.guestPort)
+}
+func (k *flowKey) hostEnd() netip.AddrPort { return netip.AddrPortFrom(k.host.addr(), k.hostPort) }
+
+// flow returns what Allow and Dial are told.
+func (k *flowKey) flow() Flow {
+	f := Flow{Namespace: k.ns, Network: "tcp", Source: k.guestEnd(), Destination: k.hostEnd()}
+	if k.proto == protoUDP {
+		f.Network = "udp"
+	}
+	return f
+}
+
+// flow is one entry of the table: a *tcpConn or a *udpFlow.
+type flow interface {
+	// end resets the flow and frees what it holds. The table has forgotten it
+	// already, or is about to.
+	end()
+}
+
+// lookup finds a flow.
+func (s *Stack) lookup(key *flowKey) flow {
+	s.mu.RLock()
+	f := s.flows[*key]
+	s.mu.RUnlock()
+	return f
+}
+
+// insert enters f in the table and counts it in its namespace. It fails when the
+// table has the key, the namespace is full, or the Stack is closed. The caller
+// holds s.mu.
+func (s *Stack) insert(key *flowKey, f flow) error {
+	if s.closed.Load() {
+		return ErrStackClosed
+	}
+	if s.flows[*key] != nil {
+		return ErrAddressInUse
+	}
+	a := s.account(key.ns)
+	n, limit := a.flows(key.proto), s.cfg.MaxTCPFlows
+	if key.proto == protoUDP {
+		limit = s.cfg.MaxUDPFlows
+	}
+	if limit >= 0 && *n >= limit {
+		s.release(key.ns)
+		return ErrTooManyFlows
+	}
+	*n++
+	s.flows[*key] = f
+	return nil
+}
+
+// remove forgets f, if the table still has it under the key. It may be called
+// more than once. The caller holds no lock.
+func (s *Stack) remove(key *flowKey, f flow) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.removeLocked(key, f)
+}
+
+func (s *Stack) removeLocked(key *flowKey, f flow) {
+	if s.flows[*key] != f {
+		return
+	}
+	delete(s.flows, *key)
+	a := s.account(key.ns)
+	if c, ok := f.(*tcpConn); ok {
+		if c.lingering != nil {
+			a.timeWait.Remove(c.lingering)
+			c.lingering = nil
+			s.release(key.ns)
+			return
+		}
+		c.leaveListener()
+	}
+	*a.flows(key.proto)--
+	s.release(key.ns)
+}
+
+// guestKey names a guest.
+type guestKey struct {
+	ns      uintptr
+	addr    ipAddr
+	version uintptr
+}
+
+// maxGuests bounds the guest addresses that are remembered. A guest may invent
+// as many as it likes; the bound costs a forgotten one no more than the wait for
+// its next packet.
+const maxGuests = 4096
+
+// learnEvery is how often a flow refreshes the entry of its guest.
+const learnEvery = time.Second
+
+// learn remembers where frames for a guest go, for DialContext.
+func (s *Stack) learn(key guestKey, l *link) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.guests[key]; !ok && len(s.guests) >= maxGuests {
+		for old := range s.guests {
+			delete(s.guests, old)
+			break
+		}
+	}
+	s.guests[key] = *l
+}
+
+// route is one AddRoute.
+type route struct {
+	prefix netip.Prefix
+	link   link
+}
+
+// linkTo returns where frames for a guest address go: where it last spoke, else
+// the longest route that covers it.
+func (s *Stack) linkTo(ns uintptr, addr netip.Addr) (link, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if l, ok := s.guests[guestKey{ns, ipAddrFrom(addr), uintptr(versionOf(addr))}]; ok {
+		return l, true
+	}
+	var best *route
+	for i, r := range s.routes[ns] {
+		if r.prefix.Contains(addr) && (best == nil || r.prefix.Bits() > best.prefix.Bits()) {
+			best = &s.routes[ns][i]
+		}
+	}
+	if best == nil {
+		return link{}, false
+	}
+	return best.link, true
+}
+
+type flowContextKey struct{}
+
+// FlowFromContext returns the flow that the context of a [Config.Allow] or
+// [Config.Dial] call is for.
+func FlowFromContext(ctx context.Context) (Flow, bool) {
+	f, ok := ctx.Value(flowContextKey{}).(Flow)
+	return f, ok
 }

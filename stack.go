@@ -2,12 +2,14 @@ package slirp
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -185,16 +187,34 @@ func (cfg *Config) validate() error {
 // carries them over ordinary host sockets, or to listeners inside the program.
 // Its methods may be called concurrently.
 type Stack struct {
-	cfg Config
+	cfg        Config
+	ctx        context.Context // ends with Close
+	cancel     context.CancelFunc
+	isnSecret  [32]byte
+	epoch      time.Time // of the ISN clock
+	counters   counters
+	icmpLimit  tokenBucket
+	strayLimit tokenBucket
+	slabs      sync.Pool      // of *slab
+	goroutines sync.WaitGroup // that Close waits for
+	closed     atomic.Bool    // set under mu
 
-	mu     sync.RWMutex
-	closed bool
+	mu        sync.RWMutex
+	flows     map[flowKey]flow
+	accounts  map[uintptr]*account
+	listeners map[listenKey]*Listener
+	guests    map[guestKey]link
+	routes    map[uintptr][]route
+	draining  map[*tcpConn]struct{} // gone from flows, still writing to their hosts
 }
 
 // New returns a Stack with the default settings. It runs no goroutine until a
 // flow needs one.
 func New() *Stack {
-	s, _ := NewWithConfig(Config{}) // the defaults are valid
+	s, err := NewWithConfig(Config{})
+	if err != nil {
+		panic(err) // the defaults are valid
+	}
 	return s
 }
 
@@ -205,19 +225,130 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Stack{cfg: cfg}, nil
+	s := &Stack{
+		cfg:       cfg,
+		epoch:     time.Now(),
+		flows:     make(map[flowKey]flow),
+		accounts:  make(map[uintptr]*account),
+		listeners: make(map[listenKey]*Listener),
+		guests:    make(map[guestKey]link),
+		routes:    make(map[uintptr][]route),
+		draining:  make(map[*tcpConn]struct{}),
+	}
+	rand.Read(s.isnSecret[:])
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	return s, nil
 }
 
 // HandlePacket takes one IPv4 or IPv6 packet, from its IP header on, that the
 // guest of the namespace sent. Frames in answer, at once or later, go to w from
 // gwMAC to clientMAC. The caller may use packet again when HandlePacket returns;
 // it never waits for a host socket, a dial, or another flow. The error is that
-// of an unreadable packet, or of w for a frame sent in direct answer.
+// of an unreadable packet, of w for a frame sent in direct answer, or
+// [ErrStackClosed].
 func (s *Stack) HandlePacket(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte, packet []byte, w Writer) error {
+	s.count(packetsIn)
+	var p ipPacket
+	if err := parseIP(packet, &p); err != nil {
+		s.count(dropMalformed)
+		return err
+	}
+	if s.closed.Load() {
+		return ErrStackClosed
+	}
+	l := link{guest: clientMAC, gw: gwMAC, w: w}
+	switch {
+	case p.malformed:
+		s.count(dropMalformed)
+	case p.badChecksum:
+		s.count(dropChecksum)
+	case p.fragment:
+		s.count(dropFragment)
+	case p.proto == protoTCP:
+		return s.handleTCP(namespace, &p, &l)
+	case p.proto == protoUDP:
+		return s.handleUDP(namespace, &p, &l)
+	case p.proto == icmpProto(p.version):
+		s.learn(guestKey{namespace, p.src, uintptr(p.version)}, &l)
+		return s.handleICMP(&p, &l)
+	default:
+		s.count(dropProtocol)
+	}
 	return nil
 }
 
-// Close resets every flow, closes every listener and host socket, wakes every
-// waiter, and returns when every goroutine of the Stack has ended. A second
-// Close does nothing and returns nil.
-func (s *Stack) Close() error { return nil }
+// AddRoute says where DialContext sends packets for guests of the namespace
+// whose address is in prefix and that have not spoken yet: to w, from gwMAC to
+// clientMAC. The longest prefix wins; the same prefix again replaces the route.
+func (s *Stack) AddRoute(namespace uintptr, prefix netip.Prefix, clientMAC, gwMAC [6]byte, w Writer) error {
+	if !prefix.IsValid() {
+		return fmt.Errorf("slirp: AddRoute: invalid prefix")
+	}
+	if w == nil {
+		return fmt.Errorf("slirp: AddRoute: no Writer")
+	}
+	r := route{prefix.Masked(), link{clientMAC, gwMAC, w}}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed.Load() {
+		return ErrStackClosed
+	}
+	for i, old := range s.routes[namespace] {
+		if old.prefix == r.prefix {
+			s.routes[namespace][i] = r
+			return nil
+		}
+	}
+	s.routes[namespace] = append(s.routes[namespace], r)
+	return nil
+}
+
+// slabLen is the memory that frames are cut from, of a size that the allocator
+// serves well; a few of the largest frames fit.
+const slabLen = 64 << 10
+
+// slab is memory that frames are cut from, one behind the other. What was cut is
+// never used again, so a Writer may keep it.
+type slab struct{ free []byte }
+
+// room returns n bytes to build a frame in. They stay in the slab until cut.
+func (b *slab) room(n int) []byte {
+	if len(b.free) < n {
+		b.free = make([]byte, max(slabLen, n))
+	}
+	return b.free[:n]
+}
+
+// cut takes the first n bytes of what room returned.
+func (b *slab) cut(n int) []byte {
+	f := b.free[:n:n]
+	b.free = b.free[n:]
+	return f
+}
+
+func (s *Stack) getSlab() *slab {
+	if b, ok := s.slabs.Get().(*slab); ok {
+		return b
+	}
+	return new(slab)
+}
+
+func (s *Stack) putSlab(b *slab) { s.slabs.Put(b) }
+
+// newFrame returns memory for a frame of n bytes.
+func (s *Stack) newFrame(n int) []byte {
+	b := s.getSlab()
+	b.room(n)
+	f := b.cut(n)
+	s.putSlab(b)
+	return f
+}
+
+// send hands a frame to the Writer and counts one that it loses.
+func (s *Stack) send(l *link, frame []byte) error {
+	err := l.w(frame)
+	if err != nil {
+		s.count(dropWriter)
+	}
+	return err
+}

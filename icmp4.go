@@ -1,0 +1,225 @@
+package slirp
+
+// ICMP: what both families share, and ICMP for IPv4. RFC 792 (the messages), RFC
+// 1122 section 3.2.2 (which errors may be sent, and how much they quote) and
+// section 3.2.2.6 (echo). What only IPv6 has is in icmp6.go.
+
+import (
+	"sync/atomic"
+	"time"
+)
+
+// Types of ICMP for IPv4.
+const (
+	icmpEchoReply          = 0
+	icmpUnreachable        = 3
+	icmpSourceQuench       = 4
+	icmpRedirect           = 5
+	icmpEchoRequest        = 8
+	icmpTimeExceeded       = 11
+	icmpParameterProblem   = 12
+	icmpHeaderLen          = 8    // of every message that is read or sent, in both families
+	icmpv4ErrorLen         = 576  // RFC 1812 section 4.3.2.3: an error with its IP header is no longer
+	icmpv6ErrorLen         = 1280 // RFC 4443 section 2.4 (c): "the minimum IPv6 MTU"
+	icmpErrorRate          = 1000 // errors a second, of one Stack
+	icmpErrorBurst         = 50
+	icmpErrorInterval      = int64(time.Second / icmpErrorRate)
+	icmpErrorClockStepBack = int64(time.Second)
+)
+
+// icmpProto is the protocol number of the ICMP that goes with an IP version.
+func icmpProto(version uint16) uint8 {
+	if version == 4 {
+		return protoICMP
+	}
+	return protoICMPv6
+}
+
+// handleICMP takes an ICMP or ICMPv6 packet that is whole, and answers it before
+// it returns. The error is the Writer's.
+func (s *Stack) handleICMP(p *ipPacket, l *link) error {
+	switch {
+	case p.proto != icmpProto(p.version):
+		s.count(dropProtocol)
+	case len(p.payload) < icmpHeaderLen:
+		s.count(dropTruncated)
+	case !checksumOK(p, p.payload):
+		s.count(dropChecksum)
+	case p.version == 4:
+		return s.handleICMPv4(p, l)
+	default:
+		return s.handleICMPv6(p, l)
+	}
+	return nil
+}
+
+func (s *Stack) handleICMPv4(p *ipPacket, l *link) error {
+	if p.payload[0] == icmpEchoRequest {
+		return s.replyEcho(p, l, icmpEchoReply)
+	}
+	s.count(dropICMPType)
+	return nil
+}
+
+// replyEcho answers an echo request in the name of whatever unicast destination
+// it has: "Data received in an ICMP Echo Request MUST be entirely included in
+// the resulting Echo Reply" (RFC 1122 section 3.2.2.6, RFC 4443 section 4.2).
+func (s *Stack) replyEcho(p *ipPacket, l *link, reply uint8) error {
+	if !p.src.isUnicast() || !p.dst.isUnicast() {
+		s.count(dropAddress)
+		return nil
+	}
+	hl := frameHeaderLen(p.version)
+	frame := s.newFrame(hl + len(p.payload))
+	m := frame[hl:]
+	copy(m, p.payload)
+	m[0], m[1] = reply, 0
+	s.count(echoReplies)
+	return s.sendICMP(l, p.version, p.dst, p.src, defaultHopLimit, frame)
+}
+
+// sendICMP completes and sends the message that stands at frameHeaderLen(version)
+// of frame, in fragments if it is longer than the MTU.
+func (s *Stack) sendICMP(l *link, version uint16, src, dst ipAddr, hop uint8, frame []byte) error {
+	proto := icmpProto(version)
+	if len(frame)-etherHeaderLen > s.cfg.MTU {
+		return emitDatagram(l, version, proto, src, dst, frame[frameHeaderLen(version):], s.cfg.MTU, hop, s.newFrame, l.w)
+	}
+	finishFrameHop(frame, l, version, proto, src, dst, hop)
+	return l.w(frame)
+}
+
+// unreachable is the reason of a Destination Unreachable.
+type unreachable uint8
+
+const (
+	unreachablePort unreachable = iota
+	unreachableHost
+	unreachableNet
+	unreachableProhibited // by policy
+)
+
+// message returns the type and code that say u in an IP version (RFC 792, RFC
+// 1812 section 5.2.7.1; RFC 4443 section 3.1).
+func (u unreachable) message(version uint16) (typ, code uint8) {
+	if version == 4 {
+		return icmpUnreachable, [...]uint8{
+			unreachablePort:       3,
+			unreachableHost:       1,
+			unreachableNet:        0,
+			unreachableProhibited: 13,
+		}[u]
+	}
+	return icmpv6Unreachable, [...]uint8{
+		unreachablePort:       4,
+		unreachableHost:       3,
+		unreachableNet:        0,
+		unreachableProhibited: 1,
+	}[u]
+}
+
+// sendUnreachable tells the guest why its own packet did not arrive. Quoted is
+// that packet, which may be cut anywhere behind the IP header, and is not kept.
+// Nothing is sent about a packet that must not be answered with an error, or
+// beyond the rate limit. The error is the Writer's.
+//
+// A port is unreachable in the name of the destination that has it. Everything
+// else the stack says itself, as the router it is.
+func (s *Stack) sendUnreachable(kind unreachable, quoted []byte, l *link) error {
+	var p ipPacket
+	if parseQuoted(quoted, &p) != nil || !mayReport(&p) {
+		s.count(icmpSuppressed)
+		return nil
+	}
+	if !s.icmpLimit.take(time.Now()) {
+		s.count(icmpRateLimited)
+		return nil
+	}
+	src := p.dst
+	if own, ok := s.cfg.address(p.version); ok && kind != unreachablePort {
+		src = own
+	}
+	hl := frameHeaderLen(p.version)
+	quote := p.raw
+	if room := icmpErrorLen(p.version) - ipHeaderLen(p.version) - icmpHeaderLen; len(quote) > room {
+		quote = quote[:room]
+	}
+	frame := s.newFrame(hl + icmpHeaderLen + len(quote))
+	m := frame[hl:]
+	clear(m[:icmpHeaderLen])
+	m[0], m[1] = kind.message(p.version)
+	copy(m[icmpHeaderLen:], quote)
+	s.count(icmpErrors)
+	return s.sendICMP(l, p.version, src, p.src, defaultHopLimit, frame)
+}
+
+// icmpErrorLen bounds the IP packet that carries an error. Both bounds are below
+// the smallest MTU.
+func icmpErrorLen(version uint16) int {
+	if version == 4 {
+		return icmpv4ErrorLen
+	}
+	return icmpv6ErrorLen
+}
+
+// mayReport reports whether an ICMP error may be sent about p. "An ICMP error
+// message MUST NOT be sent as the result of receiving an ICMP error message, a
+// datagram destined to an IP broadcast or IP multicast address, …, a
+// non-initial fragment, or a datagram whose source address does not define a
+// single host" (RFC 1122 section 3.2.2; RFC 4443 section 2.4 (e) is the same).
+// What cannot be read is not reported either: it might be an error.
+func mayReport(p *ipPacket) bool {
+	return !p.malformed && p.fragOffset == 0 &&
+		p.src.isUnicast() && p.dst.isUnicast() && !isICMPError(p)
+}
+
+// isICMPError reports whether p is an ICMP error, or may be one because its type
+// is cut off.
+func isICMPError(p *ipPacket) bool {
+	if p.proto != icmpProto(p.version) {
+		return false
+	}
+	if len(p.payload) == 0 {
+		return true
+	}
+	typ := p.payload[0]
+	if p.version == 6 {
+		// RFC 4443 section 2.1: errors have "a zero in the high-order bit".
+		// Section 2.4 (e.2) adds the redirect.
+		return typ < 128 || typ == icmpv6Redirect
+	}
+	switch typ {
+	case icmpUnreachable, icmpSourceQuench, icmpRedirect, icmpTimeExceeded, icmpParameterProblem:
+		return true
+	}
+	return false
+}
+
+// tokenBucket limits the ICMP errors of a Stack to icmpErrorRate, after a burst
+// of icmpErrorBurst (RFC 4443 section 2.4 (f)). The zero value is full. Its
+// method may be called concurrently.
+type tokenBucket struct {
+	// full is when the bucket will be full again, in nanoseconds since 1970:
+	// each token taken puts that off by one interval.
+	full atomic.Int64
+}
+
+// take takes a token, if there is one.
+func (b *tokenBucket) take(now time.Time) bool {
+	const depth = icmpErrorBurst * icmpErrorInterval
+	t := now.UnixNano()
+	for {
+		old := b.full.Load()
+		from := max(old, t)
+		if from > t+depth+icmpErrorClockStepBack {
+			from = t // the clock was set back since
+		}
+		next := from + icmpErrorInterval
+		if next > t+depth {
+			return false
+		}
+		if b.full.CompareAndSwap(old, next) {
+			return true
+		}
+	}
+}

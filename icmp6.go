@@ -1,0 +1,104 @@
+package slirp
+
+// ICMP for IPv6: RFC 4443 (echo) and RFC 4861 (neighbour discovery). There are
+// no router advertisements, and a guest is answered for every address that it
+// looks for: all of the world is behind the gateway's MAC address.
+
+// Types of ICMPv6.
+const (
+	ICMPv6TypeEchoRequest           = 128
+	ICMPv6TypeEchoReply             = 129
+	ICMPv6TypeRouterSolicitation    = 133
+	ICMPv6TypeRouterAdvertisement   = 134
+	ICMPv6TypeNeighborSolicitation  = 135
+	ICMPv6TypeNeighborAdvertisement = 136
+
+	icmpv6Unreachable = 1
+	icmpv6Redirect    = 137
+)
+
+// Neighbour discovery (RFC 4861 sections 4.3, 4.4 and 4.6.1).
+const (
+	ndpHopLimit        = 255 // "the packet could not possibly have been forwarded by a router"
+	ndpHeaderLen       = 24  // of a solicitation and of an advertisement, with the target
+	ndpSourceLinkLayer = 1   // option types
+	ndpTargetLinkLayer = 2
+	ndpSolicited       = 0x40 // flags of an advertisement
+	ndpOverride        = 0x20
+)
+
+func (s *Stack) handleICMPv6(p *ipPacket, l *link) error {
+	switch p.payload[0] {
+	case ICMPv6TypeEchoRequest:
+		return s.replyEcho(p, l, ICMPv6TypeEchoReply)
+	case ICMPv6TypeNeighborSolicitation:
+		return s.replyNeighbor(p, l)
+	}
+	s.count(dropICMPType)
+	return nil
+}
+
+// replyNeighbor answers a neighbour solicitation (RFC 4861 section 7.2.4).
+func (s *Stack) replyNeighbor(p *ipPacket, l *link) error {
+	target, ok := solicitedTarget(p)
+	if !ok {
+		s.count(dropNeighbor)
+		return nil
+	}
+	dst := p.src
+	flags := byte(ndpSolicited | ndpOverride)
+	if p.src.isUnspecified() {
+		// The guest asks whether an address is free (RFC 4862 section 5.4):
+		// it is, unless the stack has it. "If the source of the solicitation
+		// is the unspecified address, the node MUST set the Solicited flag to
+		// zero and multicast the advertisement to the all-nodes address."
+		if !s.cfg.isOwn(target) {
+			s.count(dropNeighbor)
+			return nil
+		}
+		dst = ipAddr{0: 0xff, 1: 0x02, 15: 1}
+		flags = ndpOverride
+	}
+
+	hl := frameHeaderLen(p.version)
+	frame := s.newFrame(hl + ndpHeaderLen + 8)
+	m := frame[hl:]
+	clear(m)
+	m[0] = ICMPv6TypeNeighborAdvertisement
+	m[4] = flags
+	copy(m[8:], target[:])
+	m[24] = ndpTargetLinkLayer
+	m[25] = 1 // in units of 8 bytes
+	copy(m[26:], l.gw[:])
+	s.count(neighborReplies)
+	return s.sendICMP(l, p.version, target, dst, ndpHopLimit, frame)
+}
+
+// solicitedTarget returns the target of a neighbour solicitation that passes the
+// checks of RFC 4861 section 7.1.1. The destination is not checked: some guests
+// do not send to the solicited-node group of the target.
+func solicitedTarget(p *ipPacket) (target ipAddr, ok bool) {
+	m := p.payload
+	if p.ttl != ndpHopLimit || m[1] != 0 || len(m) < ndpHeaderLen {
+		return target, false
+	}
+	target = ipAddr(m[8:24])
+	unspecified := p.src.isUnspecified()
+	if !target.isUnicast() || !unspecified && !p.src.isUnicast() {
+		return target, false
+	}
+	for opts := m[ndpHeaderLen:]; len(opts) > 0; {
+		if len(opts) < 2 {
+			return target, false
+		}
+		n := int(opts[1]) * 8
+		if n == 0 || n > len(opts) {
+			return target, false
+		}
+		if opts[0] == ndpSourceLinkLayer && unspecified {
+			return target, false
+		}
+		opts = opts[n:]
+	}
+	return target, true
+}

@@ -1,0 +1,66 @@
+// Package hostio is what the relay needs of host sockets beyond net.Conn: reads
+// that take memory only when there is something to read, and what an error of
+// the operating system means.
+package hostio
+
+import (
+	"errors"
+	"net"
+	"os"
+)
+
+// Kind is what an error means to the other end of a flow.
+type Kind uint8
+
+const (
+	Other Kind = iota
+	Refused
+	HostUnreachable
+	NetUnreachable
+	Prohibited
+	TimedOut
+)
+
+// KindOf returns the kind of an error of a dial or a socket.
+func KindOf(err error) Kind {
+	for _, k := range errnos {
+		if errors.Is(err, k.errno) {
+			return k.kind
+		}
+	}
+	var t net.Error
+	if errors.Is(err, os.ErrDeadlineExceeded) || errors.As(err, &t) && t.Timeout() {
+		return TimedOut
+	}
+	return Other
+}
+
+// Reader reads from a connection into memory that is lent to it for each read.
+type Reader struct {
+	conn   net.Conn
+	lend   func() []byte
+	giveUp func()
+	raw    rawReader
+}
+
+// NewReader returns a Reader of conn. Lend is called when there may be something
+// to read, and returns the memory for it; giveUp takes it back when there is
+// nothing after all. If lend returns no memory, Read fails.
+func NewReader(conn net.Conn, lend func() []byte, giveUp func()) *Reader {
+	r := &Reader{conn: conn, lend: lend, giveUp: giveUp}
+	r.raw.init(r)
+	return r
+}
+
+// Read waits until there is something to read, and reads it into memory that
+// lend has returned: the first n bytes of it are valid, and the loan goes on.
+func (r *Reader) Read() (n int, err error) {
+	if r.raw.ok() {
+		return r.raw.read()
+	}
+	p := r.lend()
+	if len(p) == 0 {
+		return 0, net.ErrClosed
+	}
+	return r.conn.Read(p)
+}

@@ -1,0 +1,459 @@
+package slirp
+
+// Both IP families, both ways: one ipPacket is read from either version, and one
+// builder writes the frames. RFC 791 (IPv4), RFC 8200 (IPv6, its extension
+// headers and fragments), RFC 6864 (the IPv4 identification), RFC 9293 section
+// 3.7.1 (the segment sizes that follow from the headers).
+//
+// Above this file a packet has a version, two addresses and a transport, and
+// nobody asks which family it is.
+
+import (
+	"encoding/binary"
+	"errors"
+	"math/rand/v2"
+	"net/netip"
+)
+
+// Protocol numbers, in the IPv4 protocol and the IPv6 next header field.
+const (
+	protoHopByHop    = 0
+	protoICMP        = 1
+	protoTCP         = 6
+	protoUDP         = 17
+	protoRouting     = 43
+	protoFragment    = 44
+	protoICMPv6      = 58
+	protoNone        = 59 // "No Next Header", RFC 8200 section 4.7
+	protoDestination = 60
+)
+
+const (
+	etherHeaderLen   = 14
+	ipv4HeaderLen    = 20 // as built; one that is read may have options
+	ipv6HeaderLen    = 40
+	fragHeaderLen    = 8 // RFC 8200 section 4.5
+	etherTypeIPv4    = 0x0800
+	etherTypeIPv6    = 0x86dd
+	ipv4DontFragment = 0x4000
+	ipv4More         = 0x2000
+	ipv4OffsetMask   = 0x1fff // in units of 8 bytes
+	ipv6More         = 0x0001 // in the Fragment header
+	defaultHopLimit  = 64     // TTL and hop limit of what is sent
+	maxIPLength      = 65535  // IPv4 total length, IPv6 payload length
+
+	// maxExtensionHeaders bounds the work for one packet. RFC 8200 section 4.1
+	// recommends at most six.
+	maxExtensionHeaders = 8
+)
+
+var errDatagramTooLong = errors.New("datagram does not fit an IP packet")
+
+// ipAddr is an address of either family. An IPv4 address is stored mapped, as
+// ::ffff:a.b.c.d.
+type ipAddr [16]byte
+
+// ipAddrFrom returns a without its zone. The zero Addr becomes "::".
+func ipAddrFrom(a netip.Addr) ipAddr {
+	if !a.IsValid() {
+		return ipAddr{}
+	}
+	return a.As16()
+}
+
+// addr returns a, unmapped.
+func (a ipAddr) addr() netip.Addr { return netip.AddrFrom16(a).Unmap() }
+
+// v4 returns the IPv4 address in a, if a is a mapped one.
+func (a *ipAddr) v4() (addr uint32, ok bool) {
+	ok = binary.BigEndian.Uint64(a[:]) == 0 && binary.BigEndian.Uint32(a[8:]) == 0xffff
+	return binary.BigEndian.Uint32(a[12:]), ok
+}
+
+// isUnspecified reports whether a is 0.0.0.0 or "::".
+func (a *ipAddr) isUnspecified() bool {
+	v4, ok := a.v4()
+	return ok && v4 == 0 || *a == ipAddr{}
+}
+
+// isLoopback reports whether a is in 127.0.0.0/8, or is ::1.
+func (a *ipAddr) isLoopback() bool {
+	v4, ok := a.v4()
+	return ok && v4>>24 == 127 || *a == ipAddr{15: 1}
+}
+
+// isMulticast reports whether a is in 224.0.0.0/4 or ff00::/8.
+func (a *ipAddr) isMulticast() bool {
+	v4, ok := a.v4()
+	return ok && v4>>28 == 0xe || a[0] == 0xff
+}
+
+// isBroadcast reports whether a is 255.255.255.255. The broadcast address of a
+// subnet looks like any other: the guest's netmask is not known here.
+func (a *ipAddr) isBroadcast() bool {
+	v4, ok := a.v4()
+	return ok && v4 == 0xffffffff
+}
+
+// isUnicast reports whether a can name one host: loopback addresses can.
+func (a *ipAddr) isUnicast() bool {
+	return !a.isUnspecified() && !a.isMulticast() && !a.isBroadcast()
+}
+
+// versionOf returns the IP version that carries a: 4 for an IPv4 address,
+// mapped or not, otherwise 6.
+func versionOf(a netip.Addr) uint16 {
+	if a.Is4() || a.Is4In6() {
+		return 4
+	}
+	return 6
+}
+
+// address returns the stack's own address of an IP version, if it has one.
+func (cfg *Config) address(version uint16) (ipAddr, bool) {
+	for _, a := range cfg.Addresses {
+		if versionOf(a) == version {
+			return ipAddrFrom(a), true
+		}
+	}
+	return ipAddr{}, false
+}
+
+// isOwn reports whether a is one of the stack's own addresses.
+func (cfg *Config) isOwn(a ipAddr) bool {
+	for _, own := range cfg.Addresses {
+		if ipAddrFrom(own) == a {
+			return true
+		}
+	}
+	return false
+}
+
+// transportMSS is the largest TCP segment that an MTU has room for behind IP and
+// TCP headers without options (RFC 9293 section 3.7.1).
+func transportMSS(version uint16, mtu int) int {
+	return mtu - ipHeaderLen(version) - 20
+}
+
+// defaultMSS is the segment size of a peer that names none: "If an MSS Option is
+// not received at connection setup, TCP implementations MUST assume a default
+// send MSS of 536 (576 - 40) for IPv4 or 1220 (1280 - 60) for IPv6" (RFC 9293
+// section 3.7.1).
+func defaultMSS(version uint16) int {
+	if version == 4 {
+		return 536
+	}
+	return 1220
+}
+
+// ipPacket is a packet of either family as the guest sent it. Its slices are
+// borrowed from the caller of HandlePacket.
+type ipPacket struct {
+	raw     []byte // from the IP header to the end that it gives: no Ethernet padding
+	payload []byte // behind the IP and extension headers; may be empty
+	src     ipAddr
+	dst     ipAddr
+	version uint16 // 4 or 6
+	proto   uint8  // what payload begins with; protoNone if malformed
+	ttl     uint8  // TTL or hop limit
+
+	// A packet with one of these set is dropped, and its payload is not to be
+	// read as a transport header.
+	fragment    bool // part of a packet; an atomic fragment (RFC 6946) is not one
+	badChecksum bool // the IPv4 header checksum is neither right nor 0
+	malformed   bool // the extension headers cannot be followed to their end
+
+	fragOffset uint16 // of a fragment: where it belongs, in bytes
+}
+
+// parseIP reads the IP header of b into p, and the extension headers behind it.
+// The error is one of the sentinels that HandlePacket returns; p is then of no
+// use. It does not allocate.
+func parseIP(b []byte, p *ipPacket) error { return p.parse(b, false) }
+
+// parseQuoted is parseIP for the front of a packet: it may be cut anywhere
+// behind the IP header.
+func parseQuoted(b []byte, p *ipPacket) error { return p.parse(b, true) }
+
+func (p *ipPacket) parse(b []byte, cut bool) error {
+	*p = ipPacket{}
+	if len(b) < ipv4HeaderLen {
+		return ErrPacketTooShort
+	}
+	switch b[0] >> 4 {
+	case 4:
+		return p.parse4(b, cut)
+	case 6:
+		return p.parse6(b, cut)
+	}
+	return ErrIPVersion
+}
+
+// parse4 reads an IPv4 packet of at least 20 bytes (RFC 791 section 3.1).
+func (p *ipPacket) parse4(b []byte, cut bool) error {
+	ihl := int(b[0]&0x0f) * 4
+	if ihl < ipv4HeaderLen || ihl > len(b) {
+		return ErrIHL
+	}
+	end := int(binary.BigEndian.Uint16(b[2:]))
+	if end < ihl || end > len(b) && !cut {
+		return ErrIPv4TotalLength
+	}
+	end = min(end, len(b))
+
+	p.version = 4
+	p.raw = b[:end:end]
+	p.payload = p.raw[ihl:]
+	p.ttl = b[8]
+	p.proto = b[9]
+	p.src = mapped(b[12:16])
+	p.dst = mapped(b[16:20])
+
+	if b[10]|b[11] != 0 && sum(b[:ihl], 0) != 0xffff {
+		p.badChecksum = true
+	}
+	frag := binary.BigEndian.Uint16(b[6:])
+	p.fragment = frag&(ipv4More|ipv4OffsetMask) != 0
+	p.fragOffset = frag & ipv4OffsetMask * 8
+	return nil
+}
+
+// mapped returns the IPv4 address in the four bytes of b.
+func mapped(b []byte) ipAddr {
+	return ipAddr{10: 0xff, 11: 0xff, 12: b[0], 13: b[1], 14: b[2], 15: b[3]}
+}
+
+// parse6 reads an IPv6 packet of at least 20 bytes (RFC 8200 section 3). A
+// jumbogram (RFC 2675) has a payload length of 0 and a Hop-by-Hop header, which
+// then lies beyond the end: it is malformed.
+func (p *ipPacket) parse6(b []byte, cut bool) error {
+	if len(b) < ipv6HeaderLen {
+		return ErrIPv6TooShort
+	}
+	end := ipv6HeaderLen + int(binary.BigEndian.Uint16(b[4:]))
+	if end > len(b) && !cut {
+		return ErrIPv6PayloadLength
+	}
+	end = min(end, len(b))
+
+	p.version = 6
+	p.raw = b[:end:end]
+	p.ttl = b[7]
+	p.src = ipAddr(b[8:24])
+	p.dst = ipAddr(b[24:40])
+	if !p.walk(b[6]) {
+		p.malformed = true
+		p.proto = protoNone
+		p.payload = nil
+	}
+	return nil
+}
+
+// walk follows the extension headers (RFC 8200 section 4), the first of which is
+// of the type next, and sets proto and payload to what is behind them. It is
+// false if that cannot be found, or must not be looked at.
+//
+// Deviation: section 4.2 (an unknown option) and 4.4 (an unknown routing type)
+// want an ICMP Parameter Problem; the packet is dropped without one.
+func (p *ipPacket) walk(next uint8) bool {
+	b := p.raw[ipv6HeaderLen:]
+	for n := 0; ; n++ {
+		switch next {
+		case protoHopByHop, protoDestination, protoRouting, protoFragment:
+		default:
+			p.proto, p.payload = next, b
+			return true
+		}
+		if n == maxExtensionHeaders || len(b) < 8 {
+			return false
+		}
+		size := 8
+		if next != protoFragment {
+			size += int(b[1]) * 8
+		}
+		if size > len(b) {
+			return false
+		}
+		switch next {
+		case protoHopByHop:
+			// Section 4.1: "restricted to appear immediately after an IPv6
+			// header only".
+			if n > 0 || !skippable(b[2:size]) {
+				return false
+			}
+		case protoDestination:
+			if !skippable(b[2:size]) {
+				return false
+			}
+		case protoRouting:
+			// Section 4.4: a routing header that is used up is ignored; one
+			// with segments left makes this node a router of its list.
+			if b[3] != 0 {
+				return false
+			}
+		case protoFragment:
+			frag := binary.BigEndian.Uint16(b[2:])
+			p.fragOffset = frag &^ 7
+			p.fragment = p.fragment || p.fragOffset != 0 || frag&ipv6More != 0
+			if p.fragOffset != 0 {
+				p.proto, p.payload = b[0], b[size:]
+				return true
+			}
+		}
+		next, b = b[0], b[size:]
+	}
+}
+
+// skippable reports whether the options in b are well-formed and are all of a
+// kind that a node which does not know them skips: "00 - skip over this option
+// and continue processing the header" (RFC 8200 section 4.2).
+func skippable(b []byte) bool {
+	for len(b) > 0 {
+		if b[0] == 0 { // Pad1 has no length
+			b = b[1:]
+			continue
+		}
+		if b[0]>>6 != 0 || len(b) < 2 || len(b) < 2+int(b[1]) {
+			return false
+		}
+		b = b[2+int(b[1]):]
+	}
+	return true
+}
+
+// ipHeaderLen is the length of the IP header of a frame that is built here.
+func ipHeaderLen(version uint16) int {
+	if version == 4 {
+		return ipv4HeaderLen
+	}
+	return ipv6HeaderLen
+}
+
+// frameHeaderLen is the room to leave in front of the transport header for the
+// Ethernet and IP headers.
+func frameHeaderLen(version uint16) int {
+	return etherHeaderLen + ipHeaderLen(version)
+}
+
+// finishFrame writes the headers in front of the transport header and data that
+// begin at frameHeaderLen(version) of frame, and the transport checksum of TCP,
+// UDP, ICMP and ICMPv6. The frame is exactly as long as the packet needs, and
+// the packet not longer than 65,535 bytes. It does not allocate.
+func finishFrame(frame []byte, l *link, version uint16, proto uint8, src, dst ipAddr) {
+	finishFrameHop(frame, l, version, proto, src, dst, defaultHopLimit)
+}
+
+// finishFrameHop is finishFrame with a TTL or hop limit.
+func finishFrameHop(frame []byte, l *link, version uint16, proto uint8, src, dst ipAddr, hop uint8) {
+	fillChecksum(proto, &src, &dst, frame[frameHeaderLen(version):])
+	putHeaders(frame, l, version, proto, &src, &dst, hop)
+}
+
+// putHeaders writes the Ethernet and IP headers of a whole packet.
+func putHeaders(frame []byte, l *link, version uint16, proto uint8, src, dst *ipAddr, hop uint8) {
+	be := binary.BigEndian
+	copy(frame, l.guest[:])
+	copy(frame[6:], l.gw[:])
+	ip := frame[etherHeaderLen:]
+	if version == 4 {
+		be.PutUint16(frame[12:], etherTypeIPv4)
+		ip = ip[:ipv4HeaderLen]
+		ip[0] = 0x45
+		ip[1] = 0
+		be.PutUint16(ip[2:], uint16(len(frame)-etherHeaderLen))
+		// RFC 6864 section 4.1: the identification of a packet that is not and
+		// cannot be fragmented means nothing.
+		be.PutUint16(ip[4:], 0)
+		be.PutUint16(ip[6:], ipv4DontFragment)
+		ip[8] = hop
+		ip[9] = proto
+		be.PutUint16(ip[10:], 0)
+		copy(ip[12:], src[12:])
+		copy(ip[16:], dst[12:])
+		be.PutUint16(ip[10:], ^sum(ip, 0))
+		return
+	}
+	be.PutUint16(frame[12:], etherTypeIPv6)
+	be.PutUint32(ip, 6<<28)
+	be.PutUint16(ip[4:], uint16(len(frame)-etherHeaderLen-ipv6HeaderLen))
+	ip[6] = proto
+	ip[7] = hop
+	copy(ip[8:], src[:])
+	copy(ip[24:], dst[:])
+}
+
+// emitDatagram sends one datagram to the guest: transport holds its UDP, ICMP or
+// ICMPv6 header, and its data. It leaves as one frame if the MTU has room for it,
+// else as fragments in order. Frames are taken from alloc and handed to emit,
+// whose first error ends the datagram and is returned. The checksum field of
+// transport is written to; transport is the caller's again on return.
+func emitDatagram(l *link, version uint16, proto uint8, src, dst ipAddr, transport []byte, mtu int, hop uint8,
+	alloc func(n int) []byte, emit func(frame []byte) error) error {
+	hl := frameHeaderLen(version)
+	if hl-etherHeaderLen+len(transport) <= mtu {
+		frame := alloc(hl + len(transport))
+		copy(frame[hl:], transport)
+		finishFrameHop(frame, l, version, proto, src, dst, hop)
+		return emit(frame)
+	}
+
+	headers, limit := hl, maxIPLength
+	var id uint32
+	if version == 4 {
+		limit -= ipv4HeaderLen
+		// Unpredictable (RFC 7739 section 3), and not the 0 of whole packets.
+		id = 1 + rand.Uint32N(0xffff)
+	} else {
+		headers += fragHeaderLen
+		id = rand.Uint32()
+	}
+	if len(transport) > limit {
+		return errDatagramTooLong
+	}
+	fillChecksum(proto, &src, &dst, transport)
+	room := (mtu - (headers - etherHeaderLen)) &^ 7
+	for off := 0; off < len(transport); off += room {
+		part := transport[off:min(off+room, len(transport))]
+		more := off+len(part) < len(transport)
+		frame := alloc(headers + len(part))
+		copy(frame[headers:], part)
+		if version == 4 {
+			putFragment4(frame, l, proto, &src, &dst, hop, id, off, more)
+		} else {
+			putFragment6(frame, l, proto, &src, &dst, hop, id, off, more)
+		}
+		if err := emit(frame); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// putFragment4 writes the headers of an IPv4 fragment (RFC 791 section 3.2).
+func putFragment4(frame []byte, l *link, proto uint8, src, dst *ipAddr, hop uint8, id uint32, off int, more bool) {
+	be := binary.BigEndian
+	putHeaders(frame, l, 4, proto, src, dst, hop)
+	ip := frame[etherHeaderLen:][:ipv4HeaderLen]
+	frag := uint16(off / 8)
+	if more {
+		frag |= ipv4More
+	}
+	be.PutUint16(ip[4:], uint16(id))
+	be.PutUint16(ip[6:], frag)
+	be.PutUint16(ip[10:], IPChecksum(ip))
+}
+
+// putFragment6 writes the headers of an IPv6 fragment (RFC 8200 section 4.5).
+func putFragment6(frame []byte, l *link, proto uint8, src, dst *ipAddr, hop uint8, id uint32, off int, more bool) {
+	be := binary.BigEndian
+	putHeaders(frame, l, 6, protoFragment, src, dst, hop)
+	fh := frame[etherHeaderLen+ipv6HeaderLen:][:fragHeaderLen]
+	frag := uint16(off) // a multiple of 8: the offset stands above the flags
+	if more {
+		frag |= ipv6More
+	}
+	fh[0] = proto
+	fh[1] = 0
+	be.PutUint16(fh[2:], frag)
+	be.PutUint32(fh[4:], id)
+}

@@ -1,0 +1,263 @@
+package slirp
+
+import (
+	"container/list"
+	"context"
+	"maps"
+	"slices"
+	"sync/atomic"
+)
+
+// What bounds a Stack: the accounts of the namespaces, TIME-WAIT, counters, and
+// the end of everything. Idle flows need no sweep: each has its own deadline.
+
+// account is what one namespace uses. It is guarded by Stack.mu.
+type account struct {
+	tcp, udp int
+	dials    int        // calls of Allow and Dial under way
+	timeWait *list.List // of *tcpConn, the oldest first; nil until needed
+}
+
+// flows returns the counter of a protocol.
+func (a *account) flows(proto uint16) *int {
+	if proto == protoUDP {
+		return &a.udp
+	}
+	return &a.tcp
+}
+
+// account returns the account of a namespace. The caller holds s.mu.
+func (s *Stack) account(ns uintptr) *account {
+	a := s.accounts[ns]
+	if a == nil {
+		a = new(account)
+		s.accounts[ns] = a
+	}
+	return a
+}
+
+// release forgets the account of a namespace that uses nothing. The caller holds
+// s.mu.
+func (s *Stack) release(ns uintptr) {
+	a := s.accounts[ns]
+	if a != nil && a.tcp == 0 && a.udp == 0 && a.dials == 0 && (a.timeWait == nil || a.timeWait.Len() == 0) {
+		delete(s.accounts, ns)
+	}
+}
+
+// maxTimeWait bounds the connections of one namespace in TIME-WAIT; the oldest
+// makes way.
+const maxTimeWait = 4096
+
+// enterTimeWait moves c from the flows that count to those that linger.
+func (s *Stack) enterTimeWait(c *tcpConn) {
+	var oldest *tcpConn
+	s.mu.Lock()
+	if s.flows[c.key] == flow(c) && c.lingering == nil {
+		a := s.account(c.key.ns)
+		if a.timeWait == nil {
+			a.timeWait = list.New()
+		}
+		c.leaveListener()
+		c.lingering = a.timeWait.PushBack(c)
+		a.tcp--
+		if a.timeWait.Len() > maxTimeWait {
+			oldest = a.timeWait.Front().Value.(*tcpConn)
+		}
+	}
+	s.mu.Unlock()
+	if oldest != nil {
+		oldest.forget()
+	}
+}
+
+// beginDial counts a dial, unless the namespace has its share. The caller holds
+// s.mu.
+func (s *Stack) beginDial(ns uintptr) bool {
+	a := s.account(ns)
+	if s.cfg.MaxPendingDials >= 0 && a.dials >= s.cfg.MaxPendingDials {
+		s.release(ns)
+		return false
+	}
+	a.dials++
+	s.goroutines.Add(1)
+	return true
+}
+
+// endDial is the end of beginDial.
+func (s *Stack) endDial(ns uintptr) {
+	s.mu.Lock()
+	s.account(ns).dials--
+	s.release(ns)
+	s.mu.Unlock()
+}
+
+// Close resets every flow, closes every listener and host socket, wakes every
+// waiter, and returns when every goroutine of the Stack has ended: a call of
+// Allow, Dial or a Writer that does not return holds it up. A second Close does
+// nothing and returns nil.
+func (s *Stack) Close() error {
+	s.mu.Lock()
+	if s.closed.Load() {
+		s.mu.Unlock()
+		return nil
+	}
+	s.closed.Store(true)
+	listeners := s.listeners
+	s.listeners = nil
+	flows := s.flows
+	s.flows, s.accounts = nil, make(map[uintptr]*account)
+	s.guests, s.routes = nil, nil
+	draining := slices.Collect(maps.Keys(s.draining))
+	s.mu.Unlock()
+
+	s.cancel()
+	for _, l := range listeners {
+		l.Close()
+	}
+	for _, f := range flows {
+		f.end()
+	}
+	for _, c := range draining {
+		c.resetHost()
+	}
+	s.goroutines.Wait()
+	return nil
+}
+
+// drain keeps hold of a flow that the table has forgotten while it still writes
+// to its host, so that Close can end that.
+func (s *Stack) drain(c *tcpConn) {
+	s.mu.Lock()
+	s.draining[c] = struct{}{}
+	s.mu.Unlock()
+	c.mu.Lock()
+	pumping := c.pumping
+	c.mu.Unlock()
+	if !pumping {
+		s.drained(c)
+	} else if s.closed.Load() {
+		c.resetHost()
+	}
+}
+
+// drained ends drain.
+func (s *Stack) drained(c *tcpConn) {
+	s.mu.Lock()
+	delete(s.draining, c)
+	s.mu.Unlock()
+}
+
+// counter is an index of Stack.counters.
+type counter int
+
+const (
+	packetsIn counter = iota
+	dropMalformed
+	dropChecksum
+	dropFragment
+	dropProtocol
+	dropTruncated
+	dropAddress
+	dropPort
+	dropFlags
+	dropNoAcceptSlot
+	dropPendingDials
+	dropTooManyFlows
+	dropPolicy
+	dropUDPQueue
+	dropWriter
+	dropICMPType
+	dropNeighbor
+	icmpErrors
+	icmpSuppressed
+	icmpRateLimited
+	echoReplies
+	neighborReplies
+	strayResets
+	strayRateLimited
+	flowsAccepted
+	flowsDialed
+	flowsRefused
+	numCounters
+)
+
+type counters [numCounters]atomic.Uint64
+
+func (s *Stack) count(c counter) { s.counters[c].Add(1) }
+
+// Stats holds the counters of a [Stack] since it was made, and its present size.
+type Stats struct {
+	PacketsIn uint64 // packets given to HandlePacket
+
+	// Packets and segments that were dropped, by reason.
+	DropMalformed    uint64 // HandlePacket returned an error, or IPv6 headers made no sense
+	DropChecksum     uint64 // a checksum is wrong
+	DropFragment     uint64 // a fragment: they are not reassembled
+	DropProtocol     uint64 // not TCP, UDP or ICMP
+	DropTruncated    uint64 // the transport header is cut off or makes no sense
+	DropAddress      uint64 // an address that is not unicast
+	DropPort         uint64 // port 0
+	DropFlags        uint64 // TCP flags that go with no state
+	DropNoAcceptSlot uint64 // a SYN to a listener with a full backlog
+	DropPendingDials uint64 // a SYN or datagram beyond MaxPendingDials
+	DropTooManyFlows uint64 // a SYN or datagram beyond MaxTCPFlows or MaxUDPFlows
+	DropPolicy       uint64 // Allow or Dial returned ErrDrop
+	DropUDPQueue     uint64 // a datagram that found no room in a queue
+	DropWriter       uint64 // a frame for which the Writer returned an error
+	DropICMPType     uint64 // an ICMP message that is not for the stack
+	DropNeighbor     uint64 // a neighbour solicitation that is not valid or not for the stack
+
+	ICMPErrors       uint64 // ICMP errors sent
+	ICMPSuppressed   uint64 // ICMP errors not sent, because the RFC forbids them
+	ICMPRateLimited  uint64 // ICMP errors not sent, because there were many
+	EchoReplies      uint64 // pings answered
+	NeighborReplies  uint64 // neighbour solicitations answered
+	StrayResets      uint64 // resets sent for segments of no connection
+	StrayRateLimited uint64 // resets not sent, because there were many
+
+	FlowsAccepted uint64 // connections given to listeners
+	FlowsDialed   uint64 // host connections and sockets opened
+	FlowsRefused  uint64 // flows that Allow or Dial refused, or that timed out
+
+	TCPFlows, UDPFlows, PendingDials, TimeWait int // now, over all namespaces
+}
+
+// Stats returns the counters. They are read one by one, not at one instant.
+func (s *Stack) Stats() Stats {
+	n := func(c counter) uint64 { return s.counters[c].Load() }
+	st := Stats{
+		PacketsIn:     n(packetsIn),
+		DropMalformed: n(dropMalformed), DropChecksum: n(dropChecksum), DropFragment: n(dropFragment),
+		DropProtocol: n(dropProtocol), DropTruncated: n(dropTruncated), DropAddress: n(dropAddress),
+		DropPort: n(dropPort), DropFlags: n(dropFlags), DropNoAcceptSlot: n(dropNoAcceptSlot),
+		DropPendingDials: n(dropPendingDials), DropTooManyFlows: n(dropTooManyFlows), DropPolicy: n(dropPolicy),
+		DropUDPQueue: n(dropUDPQueue), DropWriter: n(dropWriter), DropICMPType: n(dropICMPType),
+		DropNeighbor: n(dropNeighbor),
+		ICMPErrors:   n(icmpErrors), ICMPSuppressed: n(icmpSuppressed), ICMPRateLimited: n(icmpRateLimited),
+		EchoReplies: n(echoReplies), NeighborReplies: n(neighborReplies),
+		StrayResets: n(strayResets), StrayRateLimited: n(strayRateLimited),
+		FlowsAccepted: n(flowsAccepted), FlowsDialed: n(flowsDialed), FlowsRefused: n(flowsRefused),
+	}
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, a := range s.accounts {
+		st.TCPFlows += a.tcp
+		st.UDPFlows += a.udp
+		st.PendingDials += a.dials
+		if a.timeWait != nil {
+			st.TimeWait += a.timeWait.Len()
+		}
+	}
+	return st
+}
+
+// context returns the context under which a flow is opened: it ends with the
+// Stack, after DialTimeout, or by its cancel function.
+func (s *Stack) context(f Flow) (context.Context, context.CancelFunc) {
+	ctx := context.WithValue(s.ctx, flowContextKey{}, f)
+	if s.cfg.DialTimeout < 0 {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, s.cfg.DialTimeout)
+}

@@ -1,0 +1,489 @@
+package slirp
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"time"
+
+	"github.com/KarpelesLab/slirp/internal/hostio"
+	"github.com/KarpelesLab/slirp/internal/tcp"
+)
+
+// TCP in the stack: which flow a segment belongs to, how a flow begins, and the
+// relay between a flow and its host connection.
+
+// handleTCP takes a TCP packet.
+func (s *Stack) handleTCP(ns uintptr, p *ipPacket, l *link) error {
+	var seg tcp.Segment
+	switch {
+	case !seg.Parse(p.payload):
+		s.count(dropTruncated)
+		return nil
+	case !checksumOK(p, p.payload):
+		s.count(dropChecksum)
+		return nil
+	case seg.SrcPort == 0 || seg.DstPort == 0:
+		s.count(dropPort)
+		return nil
+	case !p.src.isUnicast() || !p.dst.isUnicast() || p.src == p.dst && seg.SrcPort == seg.DstPort:
+		s.count(dropAddress)
+		return nil
+	}
+	key := flowKey{ns, p.src, p.dst, seg.SrcPort, seg.DstPort, protoTCP, p.version}
+	now := time.Now()
+	old, _ := s.lookup(&key).(*tcpConn)
+	if old != nil {
+		if ok, err := old.handle(now, &seg, p, l); ok {
+			return err
+		}
+		s.remove(&key, old)
+	}
+	s.learn(guestKey{ns, p.src, uintptr(p.version)}, l)
+	return s.handleNoFlow(now, &key, &seg, p, l, old)
+}
+
+// handleNoFlow takes a segment that belongs to no flow: LISTEN and CLOSED of RFC
+// 9293 section 3.10.7. Old is the connection that it makes way for, if any.
+func (s *Stack) handleNoFlow(now time.Time, key *flowKey, seg *tcp.Segment, p *ipPacket, l *link, old *tcpConn) error {
+	switch seg.Flags & (tcp.SYN | tcp.ACK | tcp.RST | tcp.FIN) {
+	case tcp.SYN:
+		if done, err := s.openListener(now, key, seg, l, old); done {
+			return err
+		}
+		return s.openHost(now, key, seg, p, l)
+	case tcp.SYN | tcp.FIN, tcp.SYN | tcp.FIN | tcp.ACK:
+		s.count(dropFlags)
+		return nil
+	}
+	if seg.Flags&tcp.ACK == 0 && s.listening(key) {
+		s.count(dropFlags)
+		return nil
+	}
+	rst, ok := tcp.ResetFor(seg)
+	if !ok {
+		s.count(dropFlags)
+		return nil
+	}
+	if !s.strayLimit.take(now) {
+		s.count(strayRateLimited)
+		return nil
+	}
+	s.count(strayResets)
+	return s.sendSegment(key, &rst, l)
+}
+
+// sendSegment sends a segment without data that no TCB has made.
+func (s *Stack) sendSegment(key *flowKey, seg *tcp.Segment, l *link) error {
+	hl := frameHeaderLen(key.version)
+	frame := s.newFrame(hl + tcp.HeaderLen)
+	seg.MarshalHeader(frame[hl:])
+	finishFrame(frame, l, key.version, protoTCP, key.host, key.guest)
+	return s.send(l, frame)
+}
+
+// tcbConfig returns the settings of a connection that begins now. The initial
+// sequence number is that of RFC 6528 section 3, above that of the connection it
+// replaces (RFC 6191); the timestamp offset is that of RFC 7323 section 5.4.
+func (s *Stack) tcbConfig(key *flowKey, now time.Time, old *tcpConn) tcp.Config {
+	b := make([]byte, 0, 128)
+	b = append(b, s.isnSecret[:]...)
+	b = binary.BigEndian.AppendUint64(b, uint64(key.ns))
+	b = append(append(b, key.guest[:]...), key.host[:]...)
+	b = binary.BigEndian.AppendUint16(b, key.guestPort)
+	b = binary.BigEndian.AppendUint16(b, key.hostPort)
+	b = binary.BigEndian.AppendUint16(b, key.version)
+	h := sha256.Sum256(b)
+	iss := binary.BigEndian.Uint32(h[:]) + uint32(now.Sub(s.epoch)/(4*time.Microsecond))
+	if old != nil {
+		if floor := old.nextISS(); int32(iss-floor) < 0 {
+			iss = floor
+		}
+	}
+	cfg := tcp.Config{
+		LocalPort: key.hostPort, RemotePort: key.guestPort,
+		MSS: transportMSS(key.version, s.cfg.MTU), DefaultMSS: defaultMSS(key.version),
+		SendBuffer: s.cfg.SendBuffer, ReceiveBuffer: s.cfg.ReceiveBuffer,
+		ISS: iss, TSOffset: binary.BigEndian.Uint32(h[4:]),
+	}
+	if s.cfg.TCPIdleTimeout > 0 {
+		cfg.KeepAlive = tcp.KeepAlive{Idle: s.cfg.TCPIdleTimeout, Interval: maintenanceInterval, Count: 3}
+	}
+	return cfg
+}
+
+// nextISS returns a sequence number that the connection is far from using.
+func (c *tcpConn) nextISS() uint32 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.tcb == nil {
+		return 0
+	}
+	return c.tcb.SendNext() + 1<<20
+}
+
+// maintenanceInterval is the time between the probes of a silent guest.
+const maintenanceInterval = 5 * time.Second
+
+// opening is a NAT flow whose host connection is not made yet.
+type opening struct {
+	syn    tcp.Segment // without payload: the guest sends it again
+	packet []byte      // the front of the guest's packet, for ICMP errors to quote
+	cancel context.CancelFunc
+}
+
+// maxQuote bounds what is kept of a packet that an ICMP error may be about.
+const maxQuote = 128
+
+func quoteOf(p *ipPacket) []byte {
+	return append([]byte(nil), p.raw[:min(len(p.raw), maxQuote)]...)
+}
+
+// openHost begins a NAT flow: the host is dialed on a goroutine of its own, and
+// the SYN is answered when that has ended.
+func (s *Stack) openHost(now time.Time, key *flowKey, seg *tcp.Segment, p *ipPacket, l *link) error {
+	c := s.newTCPConn(key, l, now)
+	ctx, cancel := s.context(key.flow())
+	c.opening = &opening{syn: *seg, packet: quoteOf(p), cancel: cancel}
+	c.opening.syn.Payload = nil
+
+	s.mu.Lock()
+	err := s.insert(key, c)
+	if err == nil && !s.beginDial(key.ns) {
+		s.removeLocked(key, c)
+		err = errTooManyDials
+	}
+	s.mu.Unlock()
+	if err == nil {
+		go c.run(ctx)
+		return nil
+	}
+	cancel()
+	switch {
+	case errors.Is(err, ErrTooManyFlows):
+		s.count(dropTooManyFlows)
+		return s.sendUnreachable(unreachableProhibited, p.raw, l)
+	case errors.Is(err, errTooManyDials):
+		s.count(dropPendingDials) // the guest sends the SYN again
+		return nil
+	case errors.Is(err, ErrAddressInUse):
+		return nil // another SYN was faster
+	}
+	return err
+}
+
+// errTooManyDials says that MaxPendingDials was reached.
+var errTooManyDials = errors.New("too many dials in the namespace")
+
+// handleOpening takes a segment while the host is dialed. It is called with c.mu
+// held and returns without it.
+func (c *tcpConn) handleOpening(seg *tcp.Segment, p *ipPacket) error {
+	o := c.opening
+	switch seg.Flags & (tcp.SYN | tcp.ACK | tcp.RST | tcp.FIN) {
+	case tcp.SYN:
+		// The same SYN again changes nothing; another one is the guest's new
+		// attempt, for which the dial serves as well.
+		if seg.Seq != o.syn.Seq {
+			o.syn, o.packet = *seg, quoteOf(p)
+			o.syn.Payload = nil
+		}
+	case tcp.RST, tcp.RST | tcp.ACK:
+		if seg.Seq == o.syn.Seq || seg.Seq == o.syn.Seq+1 {
+			c.gone = true
+			c.mu.Unlock()
+			o.cancel()
+			c.stack.remove(&c.key, c)
+			return nil
+		}
+	default:
+		c.stack.count(dropFlags)
+	}
+	c.mu.Unlock()
+	return nil
+}
+
+// run is the goroutine of a NAT flow: it dials the host, and then reads from it.
+func (c *tcpConn) run(ctx context.Context) {
+	s := c.stack
+	defer s.goroutines.Done()
+	host, err := s.connect(ctx, c.key.flow())
+	s.endDial(c.key.ns)
+
+	c.mu.Lock()
+	o := c.opening
+	o.cancel()
+	switch {
+	case c.gone:
+		c.mu.Unlock()
+		if err == nil {
+			host.Close()
+		}
+		return
+	case err != nil:
+		c.refuse(answerTo(err))
+		return
+	}
+	now := time.Now()
+	c.opening, c.host = nil, host
+	c.tcb = tcp.NewPassive(s.tcbConfig(&c.key, now, nil), now, &o.syn)
+	c.flush(now)
+	c.readHost()
+}
+
+// connect asks Allow, and dials.
+func (s *Stack) connect(ctx context.Context, f Flow) (net.Conn, error) {
+	if s.cfg.Allow != nil {
+		if err := s.cfg.Allow(ctx, f); err != nil {
+			return nil, err
+		}
+	}
+	host, err := s.cfg.Dial(ctx, f.Network, f.Destination.String())
+	if err == nil {
+		s.count(flowsDialed)
+	}
+	return host, err
+}
+
+// answer is what a guest is told of a flow that could not be opened.
+type answer uint8
+
+const (
+	silence     answer = iota
+	tcpReset           // to TCP; silence to UDP
+	portRefused        // a reset to TCP, port unreachable to UDP
+	hostUnreachable
+	netUnreachable
+	prohibited
+)
+
+// answerTo chooses the answer to an error of Allow, Dial or a host socket.
+func answerTo(err error) answer {
+	if errors.Is(err, ErrDrop) {
+		return silence
+	}
+	if errors.Is(err, ErrProhibited) {
+		return prohibited
+	}
+	var dns *net.DNSError
+	if errors.As(err, &dns) && dns.IsNotFound {
+		return hostUnreachable
+	}
+	switch hostio.KindOf(err) {
+	case hostio.Refused:
+		return portRefused
+	case hostio.HostUnreachable:
+		return hostUnreachable
+	case hostio.NetUnreachable:
+		return netUnreachable
+	case hostio.Prohibited:
+		return prohibited
+	}
+	return tcpReset
+}
+
+// icmp returns the ICMP error that says the same, if there is one.
+func (a answer) icmp() (unreachable, bool) {
+	switch a {
+	case hostUnreachable:
+		return unreachableHost, true
+	case netUnreachable:
+		return unreachableNet, true
+	case prohibited:
+		return unreachableProhibited, true
+	}
+	return 0, false
+}
+
+// refuse ends a flow that is opening. It is called with c.mu held and returns
+// without it.
+func (c *tcpConn) refuse(a answer) {
+	s, o, l := c.stack, c.opening, c.link
+	c.gone = true
+	c.mu.Unlock()
+	o.cancel()
+	s.remove(&c.key, c)
+	if a == silence {
+		s.count(dropPolicy)
+		return
+	}
+	s.count(flowsRefused)
+	if kind, ok := a.icmp(); ok {
+		s.sendUnreachable(kind, o.packet, &l)
+		return
+	}
+	if rst, ok := tcp.ResetFor(&o.syn); ok {
+		s.sendSegment(&c.key, &rst, &l)
+	}
+}
+
+// Host to guest.
+
+const (
+	minRead = 4 << 10 // bytes lent to the first read from the host
+	maxRead = 256 << 10
+)
+
+// readHost moves bytes from the host connection to the guest until either ends.
+// It waits while the send buffer is full, so a slow guest slows the host. The
+// buffer is lent to each read, as long as the last ones made use of it, and only
+// while there is something to read.
+func (c *tcpConn) readHost() {
+	size, lent := minRead, 0
+	r := hostio.NewReader(c.host,
+		func() []byte {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			p := c.tcb.Reserve(size)
+			lent = len(p)
+			return p
+		},
+		func() {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.tcb.Commit(0)
+		})
+	for c.waitWritable() {
+		n, err := r.Read()
+		c.mu.Lock()
+		c.tcb.Commit(n)
+		switch {
+		case n == lent:
+			size = min(2*size, maxRead)
+		case n < lent/4:
+			size = max(size/2, minRead)
+		}
+		if err != nil {
+			c.hostEnded(err)
+			return
+		}
+		c.flush(time.Now())
+	}
+}
+
+// waitWritable waits until the guest's send buffer has room. It reports false
+// when nothing can be sent any more.
+func (c *tcpConn) waitWritable() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for !c.gone && c.tcb.Free() == 0 && c.tcb.State() != tcp.Closed {
+		c.writable.Wait()
+	}
+	return !c.gone
+}
+
+// hostEnded tells the guest that the host's side has ended: with a FIN after the
+// last byte, or with a reset if it failed. It is called with c.mu held and
+// returns without it.
+func (c *tcpConn) hostEnded(err error) {
+	c.readDone = true
+	now := time.Now()
+	if err == io.EOF && !c.writeErr {
+		c.tcb.CloseWrite()
+	} else {
+		c.flush(now) // what was read goes first, as far as the window allows
+		c.mu.Lock()
+		c.tcb.Abort()
+	}
+	c.closeHostIfDone()
+	c.flush(now)
+}
+
+// Guest to host.
+
+// startPump has the bytes of the guest written to the host. It is called with
+// c.mu held.
+func (c *tcpConn) startPump() {
+	if c.host == nil || c.pumping || c.writeDone || c.gone || c.tcb.Buffered() == 0 && !c.tcb.EOF() {
+		return
+	}
+	c.pumping = true
+	c.stack.goroutines.Add(1)
+	go c.pump()
+}
+
+// pump writes what the guest has sent to the host, as much at a time as there
+// is, and ends when there is nothing more: an idle flow has no goroutine for it.
+// What the host has taken opens the guest's window.
+func (c *tcpConn) pump() {
+	defer c.stack.goroutines.Done()
+	var err error
+	for p := c.nextForHost(); len(p) > 0; p = c.nextForHost() {
+		var n int
+		n, err = c.host.Write(p)
+		c.mu.Lock()
+		c.tcb.Discard(n)
+		if err != nil {
+			c.hostFailed()
+		}
+		c.flush(time.Now())
+	}
+}
+
+// nextForHost lends what is to be written to the host next. When there is
+// nothing, the pump is over, and the host is told if that was all.
+func (c *tcpConn) nextForHost() []byte {
+	c.mu.Lock()
+	if p := c.tcb.Peek(); len(p) > 0 && !c.writeDone {
+		c.mu.Unlock()
+		return p
+	}
+	c.tcb.Discard(0)
+	c.pumping = false
+	if c.tcb.EOF() && !c.writeDone {
+		c.shutHost()
+	}
+	gone := c.gone
+	c.mu.Unlock()
+	if gone {
+		c.stack.drained(c)
+	}
+	return nil
+}
+
+// shutHost tells the host that the guest has said everything. A connection that
+// cannot be closed by halves is closed. It is called with c.mu held.
+func (c *tcpConn) shutHost() {
+	c.writeDone = true
+	if h, ok := c.host.(interface{ CloseWrite() error }); ok && !c.readDone {
+		h.CloseWrite()
+		return
+	}
+	c.host.Close()
+}
+
+// closeHostIfDone closes the host connection when both directions have ended. It
+// is called with c.mu held.
+func (c *tcpConn) closeHostIfDone() {
+	if c.readDone && c.writeDone {
+		c.host.Close()
+	}
+}
+
+// hostFailed is what becomes of a flow whose host takes no more bytes: the guest
+// is reset, so that it does not believe them delivered, but gets what the host
+// had said before. It is called with c.mu held.
+func (c *tcpConn) hostFailed() {
+	c.writeErr, c.writeDone = true, true
+	if c.readDone {
+		c.tcb.Abort()
+	} else {
+		c.tcb.CloseRead()
+	}
+}
+
+// resetHost resets the host connection, as the guest's side was.
+func (c *tcpConn) resetHost() {
+	c.mu.Lock()
+	host := c.host
+	c.mu.Unlock()
+	if host == nil {
+		return
+	}
+	if h, ok := host.(interface{ SetLinger(int) error }); ok {
+		h.SetLinger(0)
+	}
+	host.Close()
+}

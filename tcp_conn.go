@@ -1,0 +1,230 @@
+package slirp
+
+import (
+	"container/list"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/KarpelesLab/slirp/internal/tcp"
+)
+
+// tcpConn is one TCP flow: a state machine, its lock, its timer, and the way its
+// frames leave. What is done with the bytes is the business of its user: a
+// VirtualConn, or the relay to a host connection (tcp.go).
+type tcpConn struct {
+	stack *Stack
+	key   flowKey
+
+	// Guarded by stack.mu.
+	listener  *Listener     // that waits for the handshake, or for Accept
+	opened    time.Time     // when the SYN came
+	unread    bool          // it died with bytes that nobody has read yet
+	lingering *list.Element // in the account's timeWait
+
+	mu       sync.Mutex // guards what follows
+	link     link
+	learned  time.Time // when the guest's entry was last refreshed
+	opening  *opening  // while the host is dialed; tcb is nil then
+	tcb      *tcp.TCB
+	gone     bool // the table forgets it: a packet for it belongs to no flow
+	emitting bool // some goroutine hands frames to the Writer
+	timer    *time.Timer
+	timerAt  time.Time // when timer fires; zero: it does not
+
+	readable, writable sync.Cond // on mu
+
+	// The relay of a NAT flow.
+	host      net.Conn
+	pumping   bool // a goroutine writes to host
+	readDone  bool // host has nothing more to say
+	writeDone bool // host was told that the guest has nothing more to say
+	writeErr  bool // host takes no more bytes
+}
+
+// newTCPConn returns a flow that is not in the table yet.
+func (s *Stack) newTCPConn(key *flowKey, l *link, now time.Time) *tcpConn {
+	c := &tcpConn{stack: s, key: *key, link: *l, opened: now, learned: now}
+	c.readable.L, c.writable.L = &c.mu, &c.mu
+	return c
+}
+
+// handle takes a segment of the flow. It reports false when the flow is gone, or
+// makes way for the connection that the segment begins.
+func (c *tcpConn) handle(now time.Time, seg *tcp.Segment, p *ipPacket, l *link) (ok bool, err error) {
+	c.mu.Lock()
+	if c.gone {
+		c.mu.Unlock()
+		return false, nil
+	}
+	c.link = *l
+	learn := now.Sub(c.learned) >= learnEvery
+	if learn {
+		c.learned = now
+	}
+	switch {
+	case c.tcb == nil:
+		err = c.handleOpening(seg, p)
+	case c.tcb.MayReplace(seg):
+		c.mu.Unlock()
+		c.forget()
+		return false, nil
+	default:
+		c.tcb.Input(now, seg)
+		err = c.flush(now)
+	}
+	if learn {
+		c.stack.learn(guestKey{c.key.ns, c.key.guest, uintptr(c.key.version)}, l)
+	}
+	return true, err
+}
+
+// flush makes everything happen that the last call of the TCB has brought about.
+// It is called with c.mu held and returns without it. The error is that of the
+// Writer.
+func (c *tcpConn) flush(now time.Time) error {
+	ev := c.tcb.Events()
+	c.wake(ev)
+	unread := c.tcb.Buffered() > 0
+	err := c.emit(now)
+	c.setTimer(now)
+	reason := c.tcb.Reason()
+	drain := c.gone && c.pumping
+	c.mu.Unlock()
+	c.react(ev, reason, unread)
+	if drain {
+		c.stack.drain(c)
+	}
+	return err
+}
+
+// emit hands the frames that are due to the Writer, in order and one at a time:
+// if another goroutine is at it, that one goes on. It is called with c.mu held,
+// which it releases for each call of the Writer.
+func (c *tcpConn) emit(now time.Time) (first error) {
+	if c.emitting {
+		return nil
+	}
+	c.emitting = true
+	s := c.stack
+	hl := frameHeaderLen(c.key.version)
+	b := s.getSlab()
+	for {
+		buf := b.room(etherHeaderLen + s.cfg.MTU)
+		n := c.tcb.Output(now, buf[hl:])
+		if n == 0 {
+			break
+		}
+		l := c.link
+		c.mu.Unlock()
+		frame := buf[: hl+n : hl+n]
+		if !s.cfg.ReuseFrames {
+			frame = b.cut(hl + n)
+		}
+		finishFrame(frame, &l, c.key.version, protoTCP, c.key.host, c.key.guest)
+		if err := s.send(&l, frame); err != nil && first == nil {
+			first = err
+		}
+		now = time.Now()
+		c.mu.Lock()
+	}
+	s.putSlab(b)
+	c.emitting = false
+	return first
+}
+
+// setTimer has onTimer called when the TCB wants it. A deadline that moves away
+// leaves the timer alone: it fires in vain then, and is set again.
+func (c *tcpConn) setTimer(now time.Time) {
+	d := c.tcb.Deadline()
+	switch {
+	case d.IsZero():
+		if c.timer != nil {
+			c.timer.Stop()
+			c.timerAt = time.Time{}
+		}
+	case c.timerAt.IsZero() || d.Before(c.timerAt):
+		c.timerAt = d
+		if c.timer == nil {
+			c.timer = time.AfterFunc(d.Sub(now), c.onTimer)
+		} else {
+			c.timer.Reset(d.Sub(now))
+		}
+	}
+}
+
+func (c *tcpConn) onTimer() {
+	c.mu.Lock()
+	if c.gone {
+		c.mu.Unlock()
+		return
+	}
+	c.timerAt = time.Time{}
+	now := time.Now()
+	c.tcb.Advance(now)
+	c.flush(now)
+}
+
+// wake tells whoever waits for the flow. It is called with c.mu held.
+func (c *tcpConn) wake(ev tcp.Events) {
+	if ev&tcp.EventClosed != 0 {
+		c.gone = true
+	}
+	if ev&tcp.EventReadable != 0 {
+		c.readable.Broadcast()
+		c.startPump()
+	}
+	if ev&(tcp.EventWritable|tcp.EventConnected) != 0 {
+		c.writable.Broadcast()
+	}
+}
+
+// react does what events ask for outside the flow. It is called without a lock.
+func (c *tcpConn) react(ev tcp.Events, reason tcp.Reason, unread bool) {
+	if ev&tcp.EventConnected != 0 {
+		c.stack.established(c)
+	}
+	if ev&tcp.EventTimeWait != 0 {
+		c.stack.enterTimeWait(c)
+	}
+	if ev&tcp.EventClosed != 0 {
+		s := c.stack
+		s.mu.Lock()
+		c.unread = unread
+		s.removeLocked(&c.key, c)
+		s.mu.Unlock()
+		if reason != tcp.None {
+			c.resetHost()
+		}
+	}
+}
+
+// forget ends the flow without a word to the guest.
+func (c *tcpConn) forget() {
+	c.mu.Lock()
+	c.gone = true
+	if c.timer != nil {
+		c.timer.Stop()
+	}
+	drain := c.pumping
+	c.mu.Unlock()
+	c.stack.remove(&c.key, c)
+	if drain {
+		c.stack.drain(c)
+	}
+}
+
+// end resets both sides of the flow.
+func (c *tcpConn) end() {
+	c.mu.Lock()
+	if c.gone {
+		c.mu.Unlock()
+		return
+	}
+	if c.tcb == nil {
+		c.refuse(tcpReset)
+		return
+	}
+	c.tcb.Abort()
+	c.flush(time.Now())
+}
