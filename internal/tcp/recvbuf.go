@@ -1,5 +1,7 @@
 package tcp
 
+import "slices"
+
 // Reassembly: RFC 9293 section 3.10.7.4 step 7, SACK blocks by RFC 2018 section
 // 4, D-SACK by RFC 2883 section 4.
 
@@ -107,7 +109,7 @@ func (b *recvBuf) touch(off int64) {
 }
 
 // blocks fills dst with the blocks to report, a D-SACK first, then the spans
-// that changed last, and returns their number.
+// that changed last, then others while there is room, and returns their number.
 func (b *recvBuf) blocks(dst []span) int {
 	n := 0
 	if b.dsack.start < b.dsack.end && n < len(dst) {
@@ -116,19 +118,19 @@ func (b *recvBuf) blocks(dst []span) int {
 		b.dsack = span{}
 	}
 	first := n
-next:
+	report := func(s span) {
+		if n < len(dst) && !slices.Contains(dst[first:n], s) {
+			dst[n] = s
+			n++
+		}
+	}
 	for _, r := range b.recent {
-		s, ok := b.ooo.find(r)
-		if !ok || n == len(dst) {
-			continue
+		if s, ok := b.ooo.find(r); ok {
+			report(s)
 		}
-		for _, d := range dst[first:n] {
-			if d == s {
-				continue next
-			}
-		}
-		dst[n] = s
-		n++
+	}
+	for _, s := range b.ooo[:min(len(b.ooo), len(dst))] {
+		report(s)
 	}
 	return n
 }

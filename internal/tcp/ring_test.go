@@ -1,0 +1,90 @@
+package tcp
+
+import (
+	"bytes"
+	"testing"
+)
+
+// pattern is the byte at an offset of a stream, different for each stream and
+// with a period longer than any ring or window here.
+func pattern(stream byte, off int64) byte {
+	x := uint64(off)*0x9e3779b97f4a7c15 + uint64(stream)
+	return byte(x >> 56)
+}
+
+func patterned(stream byte, start, end int64) []byte {
+	if end <= start {
+		return nil
+	}
+	p := make([]byte, end-start)
+	for i := range p {
+		p[i] = pattern(stream, start+int64(i))
+	}
+	return p
+}
+
+func TestRingGrow(t *testing.T) {
+	var r ring
+	if r.size() != 0 || r.view(0, 10) != nil {
+		t.Error("an empty ring has memory")
+	}
+	live := span{1<<40 + 4000, 1<<40 + 4000}
+	for _, n := range []int64{1, 4096, 4097, 5000, 70000} {
+		r.grow(n, live)
+		if r.size() < n || r.size()&(r.size()-1) != 0 || r.size() < 4096 || r.size() >= max(8192, 2*n) {
+			t.Fatalf("size %d for %d", r.size(), n)
+		}
+		r.write(live.end, patterned(1, live.end, live.start+n))
+		live.end = live.start + n
+		got := make([]byte, n)
+		r.read(live.start, got)
+		if !bytes.Equal(got, patterned(1, live.start, live.end)) {
+			t.Fatalf("bytes are lost when growing to %d", n)
+		}
+	}
+	size := r.size()
+	r.grow(10, live)
+	if r.size() != size {
+		t.Error("it shrank")
+	}
+	r.release()
+	r.release()
+	if r.size() != 0 {
+		t.Error("it has memory after release")
+	}
+}
+
+// Memory that is lent does not go back to the pool.
+func TestRingLent(t *testing.T) {
+	inPool := func(p *[]byte) bool {
+		// The pool may forget what it is given, so this says "no" too often.
+		for range 64 {
+			if q, _ := ringPools[14].Get().(*[]byte); q == nil {
+				return false
+			} else if q == p {
+				return true
+			}
+		}
+		return false
+	}
+	for range 100 {
+		var r ring
+		r.grow(1<<14, span{})
+		p := r.mem
+		r.lent = true
+		r.release()
+		if inPool(p) {
+			t.Fatal("memory that is lent was given to the pool")
+		}
+	}
+	for range 100 {
+		var r ring
+		r.grow(1<<14, span{})
+		p := r.mem
+		r.release()
+		if inPool(p) {
+			return
+		}
+	}
+	t.Error("memory never goes back to the pool")
+}
