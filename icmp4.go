@@ -82,11 +82,13 @@ func (s *Stack) replyEcho(p *ipPacket, l *link, reply uint8) error {
 // of frame, in fragments if it is longer than the MTU.
 func (s *Stack) sendICMP(l *link, version uint16, src, dst ipAddr, hop uint8, frame []byte) error {
 	proto := icmpProto(version)
-	if len(frame)-etherHeaderLen > s.cfg.MTU {
-		return emitDatagram(l, version, proto, src, dst, frame[frameHeaderLen(version):], s.cfg.MTU, hop, s.newFrame, l.w)
+	if len(frame)-etherHeaderLen <= s.cfg.MTU {
+		finishFrameHop(frame, l, version, proto, src, dst, hop)
+		return s.send(l, frame)
 	}
-	finishFrameHop(frame, l, version, proto, src, dst, hop)
-	return l.w(frame)
+	message := frame[frameHeaderLen(version):]
+	emit := func(frame []byte) error { return s.send(l, frame) }
+	return emitDatagram(l, version, proto, src, dst, message, s.cfg.MTU, hop, s.newFrame, emit)
 }
 
 // unreachable is the reason of a Destination Unreachable.

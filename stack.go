@@ -269,7 +269,9 @@ func (s *Stack) HandlePacket(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte
 	case p.proto == protoUDP:
 		return s.handleUDP(namespace, &p, &l)
 	case p.proto == icmpProto(p.version):
-		s.learn(guestKey{namespace, p.src, uintptr(p.version)}, &l)
+		if p.src.isUnicast() {
+			s.learn(guestKey{namespace, p.src, uintptr(p.version)}, &l)
+		}
 		return s.handleICMP(&p, &l)
 	default:
 		s.count(dropProtocol)
@@ -342,6 +344,15 @@ func (s *Stack) newFrame(n int) []byte {
 	f := b.cut(n)
 	s.putSlab(b)
 	return f
+}
+
+// log tells the logger, if there is one, what happened to a flow.
+func (s *Stack) log(what string, key *flowKey, args ...any) {
+	if s.cfg.Logger != nil {
+		f := key.flow()
+		s.cfg.Logger.Debug(what, append(args, "namespace", f.Namespace, "network", f.Network,
+			"guest", f.Source, "host", f.Destination)...)
+	}
 }
 
 // send hands a frame to the Writer and counts one that it loses.

@@ -223,9 +223,11 @@ func (c *tcpConn) run(ctx context.Context) {
 		}
 		return
 	case err != nil:
+		s.log("flow refused", &c.key, "error", err)
 		c.refuse(answerTo(err))
 		return
 	}
+	s.log("flow opened", &c.key)
 	now := time.Now()
 	c.opening, c.host = nil, host
 	c.tcb = tcp.NewPassive(s.tcbConfig(&c.key, now, nil), now, &o.syn)

@@ -35,6 +35,10 @@ const (
 	Aborted                // by this side
 )
 
+func (r Reason) String() string {
+	return [...]string{"closed", "reset", "refused", "timed out", "aborted"}[r]
+}
+
 // Events is a set of things that have happened since Events was last called.
 type Events uint8
 

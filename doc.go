@@ -1,0 +1,108 @@
+// Package slirp is an embeddable user-mode network: NAT for the packets of a
+// virtual machine, an emulator or a test, without root and without an interface.
+// A guest's raw IP packets go in through [Stack.HandlePacket]; its TCP and UDP
+// flows are ended here and carried on over ordinary host sockets; answers come
+// out as Ethernet frames through a [Writer]. The embedding program can also
+// listen on, and dial from, addresses that exist inside the stack only:
+// [Stack.Listen], [Stack.DialContext].
+//
+// # The life of a packet
+//
+// HandlePacket parses the IP header of either family into one struct (ip.go),
+// checks the transport checksum (checksum.go), and finds the flow by its key:
+// namespace, protocol, both addresses and ports (flow.go). A TCP segment goes
+// under the flow's lock into its state machine (internal/tcp); what that makes
+// due is pulled out segment by segment, the lock is released, headers and
+// checksums are completed, and the frame goes to the Writer. All of this happens
+// before HandlePacket returns, and nothing of it waits. ICMP echo and neighbour
+// solicitations are answered on the spot for any unicast address (icmp4.go,
+// icmp6.go). Fragments from the guest are counted and dropped.
+//
+// An unreadable IP packet is an error. Everything else that a guest can do
+// wrong is answered as its RFC says, or dropped and counted in [Stats].
+//
+// A transport checksum is accepted when it is right, when it is 0, and when it
+// holds the sum of the pseudo-header alone: that is what a guest leaves that
+// relies on its network card to complete it.
+//
+// # The life of a TCP flow
+//
+// A SYN finds a listener, or a destination on the host's side.
+//
+// For a listener the handshake begins at once; the connection waits for Accept
+// when it has ended. Every handshake has its place in the backlog.
+//
+// For the host, the flow is entered in the table and a goroutine is started,
+// which asks [Config.Allow] and calls [Config.Dial]. SYNs that come again change
+// nothing. If the guest gives up with a reset, the dial is cancelled. When the
+// dial succeeds, the SYN-ACK leaves, and the goroutine goes on as the reader of
+// the host connection. When it fails, the guest is told how:
+//
+//	error                                             TCP guest                    UDP guest
+//	ECONNREFUSED                                      reset                        ICMP port unreachable
+//	ENETUNREACH                                       ICMP net unreachable         the same
+//	EHOSTUNREACH, no such host                        ICMP host unreachable        the same
+//	EACCES, EPERM, ErrProhibited                      ICMP prohibited              the same
+//	a timeout, anything else                          reset                        nothing
+//	ErrDrop                                           nothing                      nothing
+//
+// Then there are two independent directions. Bytes of the guest go to the host
+// by a goroutine that exists while there are any; what the host has taken opens
+// the guest's window, so a slow host slows the guest. Bytes of the host are read
+// straight into the send buffer; while that is full nothing is read, so a slow
+// guest slows the host. The guest's FIN becomes CloseWrite on the host connection
+// after the last byte (Close, if the connection has no CloseWrite); the host's
+// EOF becomes a FIN. A reset on either side becomes a reset on the other, after
+// what the window lets pass at once.
+//
+// A guest that is silent for TCPIdleTimeout is probed every 5 s; after three
+// probes without an answer both sides are reset. A guest that answers keeps its
+// flow. Each flow has its own deadlines; there is no sweep to wait for.
+//
+// # The life of a UDP flow
+//
+// The first datagram opens a connected host socket, on a goroutine that goes on
+// as its reader. Answers of any size go to the guest, in fragments above the MTU.
+// Errors of the socket become ICMP errors, and the flow lives on until it has
+// been idle for UDPIdleTimeout.
+//
+// # Ownership
+//
+// The packet is the caller's again when HandlePacket returns. A frame is the
+// Writer's, which may keep it, unless [Config.ReuseFrames] is set. A flow sends to
+// where the latest packet of its guest came from: the MAC addresses and Writer of
+// that HandlePacket call.
+//
+// # Locks
+//
+// There are two kinds, Stack.mu (the tables) and one for each flow, and no path
+// holds two. No lock is held across a Writer, Allow, Dial, or a host socket. A
+// Writer may therefore call HandlePacket, of this Stack or of another. Frames of
+// one flow leave in order, one at a time: the goroutine that finds another at it
+// leaves its frames to that one. Whoever waits does so on a sync.Cond of the
+// flow's lock.
+//
+// # Time
+//
+// The clock is read at the doors: HandlePacket, timers, Read and Write, the
+// relay. The rules of TCP get the time as a parameter. In a testing/synctest
+// bubble, with a Config.Dial that stays inside it, a Stack runs in virtual time.
+//
+// # Limits
+//
+// Memory follows need: an idle flow holds no buffer, rings grow to SendBuffer and
+// ReceiveBuffer and go back when they are empty. Flows, dials under way, and
+// half-open connections are bounded per namespace or listener (see [Config]), and
+// so are connections in TIME-WAIT (4,096 for each namespace), remembered guest addresses
+// (4,096 in all), and ICMP errors and resets for segments of no connection
+// (1,000 a second of each). A full table refuses what is new; only half-open
+// connections and those in TIME-WAIT make way.
+//
+// A Stack without a flow runs no goroutine. [Stack.Close] ends all of them.
+//
+// # Not supported
+//
+// Reassembly of fragments from the guest, router advertisements, ICMP errors from
+// the guest, path MTU discovery, ECN (its bits never break a handshake), and
+// pings that leave for the host. Urgent data is delivered in line.
+package slirp

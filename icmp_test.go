@@ -1,0 +1,629 @@
+package slirp
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// icmpHarness is a Stack, and the frames that its ICMP code sends.
+type icmpHarness struct {
+	*testing.T
+	s      *Stack
+	l      link
+	frames [][]byte
+	err    error // what the Writer returns
+}
+
+func newICMPHarness(t *testing.T, cfg Config) *icmpHarness {
+	s, err := NewWithConfig(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &icmpHarness{T: t, s: s, l: testLink}
+	h.l.w = func(frame []byte) error {
+		h.frames = append(h.frames, frame)
+		return h.err
+	}
+	return h
+}
+
+// send gives a packet to handleICMP, with the checks that come before it, and
+// then scribbles over it.
+func (h *icmpHarness) send(packet []byte) {
+	h.Helper()
+	var p ipPacket
+	b := append([]byte(nil), packet...)
+	if err := parseIP(b, &p); err != nil {
+		h.Fatal(err)
+	}
+	if p.fragment || p.badChecksum || p.malformed {
+		h.Fatalf("%+v does not get to handleICMP", p)
+	}
+	if err := h.s.handleICMP(&p, &h.l); err != h.err {
+		h.Fatalf("handleICMP: %v, want %v", err, h.err)
+	}
+	for i := range b {
+		b[i] = 0xa5
+	}
+}
+
+// want returns the one datagram that was sent.
+func (h *icmpHarness) want() ipPacket {
+	h.Helper()
+	p := mustReassemble(h, h.frames, h.s.cfg.MTU)
+	h.frames = nil
+	return p
+}
+
+func (h *icmpHarness) wantNothing() {
+	h.Helper()
+	if len(h.frames) != 0 {
+		h.Fatalf("answered with %x", h.frames[0])
+	}
+}
+
+// withChecksum completes the checksum of the transport header at off of a packet.
+func withChecksum(packet []byte, off int) []byte {
+	var p ipPacket
+	if err := parseIP(packet, &p); err != nil {
+		panic(err)
+	}
+	b := append([]byte(nil), packet...)
+	field := b[off+checksumOffset(p.proto):][:2]
+	field[0], field[1] = 0, 0
+	var pseudo []byte
+	if p.proto != protoICMP {
+		pseudo = naivePseudo(p.version, p.src, p.dst, p.proto, len(b)-off)
+	}
+	binary.BigEndian.PutUint16(field, ^naiveSum(append(pseudo, b[off:]...), 0))
+	return b
+}
+
+const echoBody = "\x00\x00\x00\x00\x12\x34\x00\x07" // identifier 1234, sequence 7
+
+// echoTests has an echo request without a payload of each family.
+var echoTests = []struct {
+	name          string
+	packet        func(body ...any) []byte
+	off           int // of the ICMP header
+	request       byte
+	reply         byte
+	proto         uint8
+	multicast     []byte
+	srcOff        int
+	dstOff, toLen int
+	partial       bool // the pseudo-header sum alone is a checksum
+}{
+	{"v4", func(b ...any) []byte { return ip4(1, b...) }, 20, 8, 0, 1, []byte{224, 0, 0, 1}, 12, 16, 4, false},
+	{"v6", func(b ...any) []byte { return ip6(58, b...) }, 40, 128, 129, 58, ipBytes(0xff, 0x02, make([]byte, 13), 1), 8, 24, 16, true},
+}
+
+func TestEcho(t *testing.T) {
+	for _, tt := range echoTests {
+		for _, mtu := range []int{1280, 1500, 65535} {
+			for _, n := range []int{0, 1, 56, 57, 1431, 1432, 1433, 1472, 1473, 9000, 65507} {
+				t.Run(fmt.Sprintf("%s/mtu%d/%d", tt.name, mtu, n), func(t *testing.T) {
+					h := newICMPHarness(t, Config{MTU: mtu})
+					payload := make([]byte, n)
+					for i := range payload {
+						payload[i] = byte(i * 31)
+					}
+					req := withChecksum(tt.packet(patched([]byte(echoBody), 0, tt.request), payload), tt.off)
+					h.send(req)
+					p := h.want()
+					var q ipPacket
+					if err := parseIP(req, &q); err != nil {
+						t.Fatal(err)
+					}
+					if p.src != q.dst || p.dst != q.src || p.version != q.version || p.proto != tt.proto || p.ttl != 64 {
+						t.Errorf("%v > %v proto %d ttl %d", p.src.addr(), p.dst.addr(), p.proto, p.ttl)
+					}
+					if m := p.payload; m[0] != tt.reply || m[1] != 0 || string(m[4:8]) != "\x12\x34\x00\x07" || !bytes.Equal(m[8:], payload) {
+						t.Errorf("message % x… of %d bytes", m[:8], len(m))
+					}
+				})
+			}
+		}
+	}
+}
+
+func TestEchoChecksums(t *testing.T) {
+	for _, tt := range echoTests {
+		t.Run(tt.name, func(t *testing.T) {
+			h := newICMPHarness(t, Config{})
+			req := withChecksum(tt.packet(patched([]byte(echoBody), 0, tt.request), "ping"), tt.off)
+			field := tt.off + 2
+
+			h.send(patched(req, field, 0, 0))
+			h.want()
+
+			var p ipPacket
+			if err := parseIP(req, &p); err != nil {
+				t.Fatal(err)
+			}
+			partial := naiveSum(naivePseudo(p.version, p.src, p.dst, p.proto, len(p.payload)), 0)
+			h.send(patched(req, field, byte(partial>>8), byte(partial)))
+			if tt.partial {
+				h.want()
+			}
+			h.wantNothing()
+
+			for _, off := range []int{field, field + 1, tt.off + 5, len(req) - 1} {
+				h.send(patched(req, off, req[off]^0x40))
+				h.wantNothing()
+			}
+			h.send(ipBytes(patched(req, field, req[field]), make([]byte, 20), "Ethernet padding"))
+			if p := h.want(); string(p.payload[8:]) != "ping" {
+				t.Errorf("padding came back: %q", p.payload[8:])
+			}
+		})
+	}
+}
+
+func TestEchoUnanswered(t *testing.T) {
+	for _, tt := range echoTests {
+		t.Run(tt.name, func(t *testing.T) {
+			h := newICMPHarness(t, Config{})
+			req := tt.packet(patched([]byte(echoBody), 0, tt.request), "ping")
+			zero := make([]byte, tt.toLen)
+			for name, packet := range map[string][]byte{
+				"to a multicast address":     patched(req, tt.dstOff, tt.multicast...),
+				"to the unspecified address": patched(req, tt.dstOff, zero...),
+				"from a multicast address":   patched(req, tt.srcOff, tt.multicast...),
+				"from nowhere":               patched(req, tt.srcOff, zero...),
+				"a reply":                    patched(req, tt.off, tt.reply),
+				"an unknown type":            patched(req, tt.off, 200),
+				"the other family's type":    patched(req, tt.off, 136-tt.request),
+				"an error":                   patched(req, tt.off, 3),
+			} {
+				h.send(packet)
+				if len(h.frames) != 0 {
+					t.Errorf("%s: answered", name)
+					h.frames = nil
+				}
+			}
+			for n := range 8 {
+				h.send(tt.packet(patched([]byte(echoBody), 0, tt.request)[:n]))
+				h.wantNothing()
+			}
+		})
+	}
+	h := newICMPHarness(t, Config{})
+	h.send(patched(ip4(1, patched([]byte(echoBody), 0, 8)), 16, 255, 255, 255, 255))
+	h.wantNothing()
+	// The ICMP of one family in the other.
+	h.send(ip4(58, patched([]byte(echoBody), 0, 128)))
+	h.wantNothing()
+	h.send(ip6(1, patched([]byte(echoBody), 0, 8)))
+	h.wantNothing()
+	// Loopback addresses are as good as any.
+	h.send(patched(ip4(1, patched([]byte(echoBody), 0, 8)), 12, 127, 0, 0, 1, 127, 0, 0, 1))
+	h.want()
+	// Behind extension headers.
+	h.send(ip6(0, extHeader(60, 0), extHeader(58, 0), patched([]byte(echoBody), 0, 128)))
+	h.want()
+}
+
+func TestEchoWriterError(t *testing.T) {
+	broken := errors.New("broken")
+	for _, tt := range echoTests {
+		h := newICMPHarness(t, Config{})
+		h.err = broken
+		h.send(tt.packet(patched([]byte(echoBody), 0, tt.request), make([]byte, 5000)))
+		if len(h.frames) != 1 {
+			t.Errorf("%s: %d frames, after the first one failed", tt.name, len(h.frames))
+		}
+	}
+}
+
+// solicit is a neighbour solicitation from fd00::15 for a target, to its
+// solicited-node group, with a source link-layer option.
+func solicit(target string) []byte {
+	a := testAddr(target)
+	b := ip6(58, ICMPv6TypeNeighborSolicitation, make([]byte, 7), a[:], 1, 1, testLink.guest[:])
+	b[7] = 255
+	return patched(b, 24, ipBytes(0xff, 2, make([]byte, 9), 1, 0xff, a[13:])...)
+}
+
+func TestNeighborSolicitation(t *testing.T) {
+	whole := solicit("fd00::2")
+	noOptions := append([]byte(nil), whole[:64]...)
+	noOptions[5] = 24
+	unicast := patched(whole, 24, whole[48:64]...)
+	for _, tt := range []struct {
+		name   string
+		packet []byte
+		target string
+	}{
+		{"the gateway", whole, "fd00::2"},
+		{"with a checksum", withChecksum(whole, 40), "fd00::2"},
+		{"any address", solicit("2001:db8::77"), "2001:db8::77"},
+		{"link-local", solicit("fe80::1"), "fe80::1"},
+		{"to the target itself", unicast, "fd00::2"},
+		{"to all nodes", patched(whole, 24, ipBytes(0xff, 2, make([]byte, 13), 1)...), "fd00::2"},
+		{"no options", noOptions, "fd00::2"},
+		{"unknown option", patched(whole, 64, 200), "fd00::2"},
+		{"reserved field set", patched(whole, 44, 0xff, 0xff, 0xff, 0xff), "fd00::2"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := newICMPHarness(t, Config{})
+			h.send(tt.packet)
+			p := h.want()
+			if p.src != testAddr(tt.target) || p.dst != testAddr("fd00::15") || p.ttl != 255 || p.proto != 58 {
+				t.Errorf("%v > %v hop limit %d proto %d", p.src.addr(), p.dst.addr(), p.ttl, p.proto)
+			}
+			a := testAddr(tt.target)
+			want := ipBytes(
+				136, 0, p.payload[2:4], // type, code, checksum (checked above)
+				0x60, 0, 0, 0, // solicited, override
+				a[:],
+				2, 1, testLink.gw[:]) // target link-layer address
+			if !bytes.Equal(p.payload, want) {
+				t.Errorf("advertisement\n% x, want\n% x", p.payload, want)
+			}
+		})
+	}
+}
+
+func TestNeighborSolicitationDropped(t *testing.T) {
+	whole := solicit("fd00::2")
+	short := func(n int) []byte {
+		b := append([]byte(nil), whole[:40+n]...)
+		b[5] = byte(n)
+		return b
+	}
+	for name, packet := range map[string][]byte{
+		"hop limit 254":              patched(whole, 7, 254),
+		"hop limit 64":               patched(whole, 7, 64),
+		"hop limit 0":                patched(whole, 7, 0),
+		"code 1":                     patched(whole, 41, 1),
+		"wrong checksum":             patched(whole, 42, 0x12, 0x34),
+		"8 bytes":                    short(8),
+		"23 bytes":                   short(23),
+		"multicast target":           solicit("ff02::1"),
+		"unspecified target":         solicit("::"),
+		"option of length 0":         patched(whole, 65, 0),
+		"option beyond the end":      patched(whole, 65, 2),
+		"half an option":             short(28),
+		"one byte of an option":      short(25),
+		"multicast source":           patched(whole, 8, 0xff),
+		"router solicitation":        patched(whole, 40, ICMPv6TypeRouterSolicitation),
+		"router advertisement":       patched(whole, 40, ICMPv6TypeRouterAdvertisement),
+		"neighbour advertisement":    patched(whole, 40, ICMPv6TypeNeighborAdvertisement),
+		"DAD with a source option":   patched(whole, 8, make([]byte, 16)...),
+		"DAD for a free address":     dadFor("fd00::15"),
+		"DAD, hop limit 64":          patched(patched(short(24), 8, make([]byte, 16)...), 7, 64),
+		"a redirect":                 patched(whole, 40, icmpv6Redirect),
+		"a type nobody has heard of": patched(whole, 40, 255),
+	} {
+		h := newICMPHarness(t, Config{})
+		h.send(packet)
+		if len(h.frames) != 0 {
+			t.Errorf("%s: answered", name)
+		}
+	}
+}
+
+// dadFor is the duplicate address detection for a target: a solicitation without
+// options from the unspecified address.
+func dadFor(target string) []byte {
+	b := patched(solicit(target), 8, make([]byte, 16)...)[:64]
+	b[5] = 24
+	return b
+}
+
+func TestDuplicateAddressDetection(t *testing.T) {
+	h := newICMPHarness(t, Config{Addresses: []netip.Addr{netip.MustParseAddr("fd00::2"), netip.MustParseAddr("10.0.2.2"), netip.MustParseAddr("fe80::2")}})
+	for _, free := range []string{"fd00::15", "fe80::15", "::1", "2001:db8::1"} {
+		h.send(dadFor(free))
+		h.wantNothing()
+	}
+	for _, own := range []string{"fd00::2", "fe80::2"} {
+		h.send(dadFor(own))
+		p := h.want()
+		if p.src != testAddr(own) || p.dst != testAddr("ff02::1") || p.ttl != 255 {
+			t.Errorf("%v > %v hop limit %d", p.src.addr(), p.dst.addr(), p.ttl)
+		}
+		a := testAddr(own)
+		if want := ipBytes(136, 0, p.payload[2:4], 0x20, 0, 0, 0, a[:], 2, 1, testLink.gw[:]); !bytes.Equal(p.payload, want) {
+			t.Errorf("advertisement\n% x, want\n% x", p.payload, want)
+		}
+	}
+}
+
+// unreachableTests has every kind in both families.
+var unreachableTests = []struct {
+	kind    unreachable
+	version uint16
+	typ     byte
+	code    byte
+	src     string
+}{
+	{unreachablePort, 4, 3, 3, "192.0.2.1"},
+	{unreachableHost, 4, 3, 1, "10.0.2.2"},
+	{unreachableNet, 4, 3, 0, "10.0.2.2"},
+	{unreachableProhibited, 4, 3, 13, "10.0.2.2"},
+	{unreachablePort, 6, 1, 4, "2001:db8::1"},
+	{unreachableHost, 6, 1, 3, "fd00::2"},
+	{unreachableNet, 6, 1, 0, "fd00::2"},
+	{unreachableProhibited, 6, 1, 1, "fd00::2"},
+}
+
+func quotedPacket(version uint16, n int) []byte {
+	payload := make([]byte, n)
+	for i := range payload {
+		payload[i] = byte(i * 13)
+	}
+	if version == 4 {
+		return ip4(17, udpHello[:4], (n+8)>>8, (n + 8), 0, 0, payload)
+	}
+	return ip6(17, udpHello[:4], (n+8)>>8, (n + 8), 0, 0, payload)
+}
+
+func TestUnreachable(t *testing.T) {
+	for _, tt := range unreachableTests {
+		limit := map[uint16]int{4: 576 - 28, 6: 1280 - 48}[tt.version]
+		for _, n := range []int{0, 5, 400, limit - 48, limit - 28, limit, limit + 1, 1400, 30000} {
+			packet := quotedPacket(tt.version, n)
+			h := newICMPHarness(t, Config{})
+			given := append([]byte(nil), packet...)
+			if err := h.s.sendUnreachable(tt.kind, given, &h.l); err != nil {
+				t.Fatal(err)
+			}
+			clear(given)
+			p := h.want()
+			guest := map[uint16]string{4: "10.0.2.15", 6: "fd00::15"}[tt.version]
+			if p.src != testAddr(tt.src) || p.dst != testAddr(guest) || p.ttl != 64 || p.proto != icmpProto(tt.version) {
+				t.Errorf("v%d kind %d: %v > %v ttl %d proto %d", tt.version, tt.kind, p.src.addr(), p.dst.addr(), p.ttl, p.proto)
+			}
+			want := ipBytes(int(tt.typ), int(tt.code), p.payload[2:4], 0, 0, 0, 0, packet[:min(len(packet), limit)])
+			if !bytes.Equal(p.payload, want) {
+				t.Errorf("v%d kind %d, about %d bytes: %d bytes, want %d\n% x", tt.version, tt.kind, len(packet), len(p.payload), len(want), p.payload[:min(64, len(p.payload))])
+			}
+		}
+	}
+}
+
+// The quoted packet may be cut, or followed by padding.
+func TestUnreachableQuote(t *testing.T) {
+	for _, version := range []uint16{4, 6} {
+		packet := quotedPacket(version, 100)
+		header := ipHeaderLen(version)
+		for n := 0; n <= len(packet); n++ {
+			h := newICMPHarness(t, Config{})
+			if err := h.s.sendUnreachable(unreachablePort, packet[:n], &h.l); err != nil {
+				t.Fatal(err)
+			}
+			if n < header {
+				h.wantNothing()
+				continue
+			}
+			if p := h.want(); !bytes.Equal(p.payload[8:], packet[:n]) {
+				t.Fatalf("v%d cut to %d: quotes %d bytes", version, n, len(p.payload)-8)
+			}
+		}
+		h := newICMPHarness(t, Config{})
+		if err := h.s.sendUnreachable(unreachablePort, ipBytes(packet, "padding"), &h.l); err != nil {
+			t.Fatal(err)
+		}
+		if p := h.want(); !bytes.Equal(p.payload[8:], packet) {
+			t.Errorf("v%d: quotes the padding", version)
+		}
+	}
+}
+
+func TestUnreachableWithoutOwnAddress(t *testing.T) {
+	h := newICMPHarness(t, Config{Addresses: []netip.Addr{netip.MustParseAddr("fd00::2")}})
+	if err := h.s.sendUnreachable(unreachableNet, quotedPacket(4, 8), &h.l); err != nil {
+		t.Fatal(err)
+	}
+	if p := h.want(); p.src != testAddr("192.0.2.1") {
+		t.Errorf("source %v, want the quoted destination", p.src.addr())
+	}
+}
+
+func TestUnreachableNeverAbout(t *testing.T) {
+	udp4, udp6 := quotedPacket(4, 8), quotedPacket(6, 8)
+	icmp4 := func(typ int) []byte { return ip4(1, typ, make([]byte, 7)) }
+	icmp6 := func(typ int) []byte { return ip6(58, typ, make([]byte, 7)) }
+	zero := make([]byte, 16)
+	for _, tt := range []struct {
+		name   string
+		packet []byte
+		sent   bool
+	}{
+		{"IPv4 UDP", udp4, true},
+		{"IPv6 UDP", udp6, true},
+		{"IPv4 TCP", ip4(6, make([]byte, 20)), true},
+		{"IPv6 TCP", ip6(6, make([]byte, 20)), true},
+		{"unknown IPv4 protocol", ip4(132), true},
+		{"unknown IPv6 protocol", ip6(132), true},
+		{"echo request", icmp4(8), true},
+		{"echo request, v6", icmp6(128), true},
+		{"timestamp request", icmp4(13), true},
+		{"to and from loopback", patched(udp4, 12, 127, 0, 0, 1, 127, 0, 0, 1), true},
+		{"from ::1", patched(udp6, 8, testBytes("::1")...), true},
+		{"first fragment", patched(udp4, 6, 0x20, 0), true},
+		{"first fragment, v6", ip6(44, fragHeader(17, 0, true), udpHello), true},
+		{"an ICMP type as the first UDP byte", ip4(17, 3, make([]byte, 7)), true},
+		{"ICMPv6 over IPv4 is no ICMP", ip4(58, 3, make([]byte, 7)), true},
+
+		{"empty", nil, false},
+		{"no IP", make([]byte, 60), false},
+		{"unreachable", icmp4(3), false},
+		{"source quench", icmp4(4), false},
+		{"redirect", icmp4(5), false},
+		{"time exceeded", icmp4(11), false},
+		{"parameter problem", icmp4(12), false},
+		{"ICMP without a type", ip4(1), false},
+		{"unreachable, v6", icmp6(1), false},
+		{"too big, v6", icmp6(2), false},
+		{"parameter problem, v6", icmp6(4), false},
+		{"unknown error, v6", icmp6(127), false},
+		{"redirect, v6", icmp6(137), false},
+		{"ICMPv6 without a type", ip6(58), false},
+		{"an error behind options, v6", ip6(60, extHeader(58, 0), 1, make([]byte, 7)), false},
+		{"cut options, v6", ip6(60, extHeader(58, 0), 128, make([]byte, 7))[:46], false},
+		{"malformed options, v6", ip6(60, 17, 0, 1, 200, zero[:4], udpHello), false},
+		{"second fragment", patched(udp4, 6, 0, 1), false},
+		{"second fragment with more", patched(udp4, 6, 0x20, 1), false},
+		{"second fragment, v6", ip6(44, fragHeader(17, 8, true), udpHello), false},
+		{"to a multicast address", patched(udp4, 16, 224, 0, 0, 251), false},
+		{"to the broadcast address", patched(udp4, 16, 255, 255, 255, 255), false},
+		{"to nowhere", patched(udp4, 16, 0, 0, 0, 0), false},
+		{"from nowhere", patched(udp4, 12, 0, 0, 0, 0), false},
+		{"from a multicast address", patched(udp4, 12, 224, 0, 0, 1), false},
+		{"from the broadcast address", patched(udp4, 12, 255, 255, 255, 255), false},
+		{"to a multicast address, v6", patched(udp6, 24, testBytes("ff02::fb")...), false},
+		{"to nowhere, v6", patched(udp6, 24, zero...), false},
+		{"from nowhere, v6", patched(udp6, 8, zero...), false},
+		{"from a multicast address, v6", patched(udp6, 8, testBytes("ff02::1")...), false},
+	} {
+		for kind := unreachablePort; kind <= unreachableProhibited; kind++ {
+			h := newICMPHarness(t, Config{})
+			if err := h.s.sendUnreachable(kind, tt.packet, &h.l); err != nil {
+				t.Fatal(err)
+			}
+			if sent := len(h.frames) == 1; sent != tt.sent {
+				t.Errorf("%s, kind %d: sent %v", tt.name, kind, sent)
+			}
+		}
+	}
+}
+
+func testBytes(s string) []byte {
+	a := testAddr(s)
+	return a[:]
+}
+
+func TestUnreachableWriterError(t *testing.T) {
+	h := newICMPHarness(t, Config{})
+	h.err = errors.New("broken")
+	if err := h.s.sendUnreachable(unreachablePort, quotedPacket(4, 8), &h.l); err != h.err {
+		t.Errorf("error %v", err)
+	}
+}
+
+func TestUnreachableRateLimit(t *testing.T) {
+	h := newICMPHarness(t, Config{})
+	packet := quotedPacket(4, 8)
+	start := time.Now()
+	const n = 5000
+	for range n {
+		if err := h.s.sendUnreachable(unreachablePort, packet, &h.l); err != nil {
+			t.Fatal(err)
+		}
+	}
+	most := icmpErrorBurst + 1 + int(time.Since(start)/time.Millisecond)
+	if got := len(h.frames); got < icmpErrorBurst || got > most {
+		t.Errorf("%d errors, want %d to %d", got, icmpErrorBurst, most)
+	}
+	// What must not be sent takes no token.
+	h = newICMPHarness(t, Config{})
+	for range n {
+		h.s.sendUnreachable(unreachablePort, patched(packet, 16, 224, 0, 0, 1), &h.l)
+	}
+	h.wantNothing()
+	h.s.sendUnreachable(unreachablePort, packet, &h.l)
+	h.want()
+}
+
+func TestTokenBucket(t *testing.T) {
+	var b tokenBucket
+	now := time.Date(2024, 1, 1, 0, 0, 0, 0, time.UTC)
+	take := func(at time.Duration, want int) {
+		t.Helper()
+		got := 0
+		for range 1000 {
+			if b.take(now.Add(at)) {
+				got++
+			}
+		}
+		if got != want {
+			t.Errorf("at %v: %d tokens, want %d", at, got, want)
+		}
+	}
+	take(0, 50)
+	take(0, 0)
+	take(999*time.Microsecond, 0)
+	take(time.Millisecond, 1)
+	take(11*time.Millisecond, 10)
+	take(12*time.Millisecond-1, 0)
+	take(12*time.Millisecond, 1)
+	take(time.Hour, 50)     // never more than the burst
+	take(time.Hour-1e6, 0)  // a caller that read the clock a little earlier
+	take(-24*time.Hour, 50) // the clock was set back
+	take(-24*time.Hour+5e6, 5)
+	total := 0
+	for at := 2 * time.Hour; at < 2*time.Hour+10*time.Second; at += 100 * time.Microsecond {
+		if b.take(now.Add(at)) {
+			total++
+		}
+	}
+	if total < 10000 || total > 10050 {
+		t.Errorf("%d tokens in 10 s, want 1000 a second and the burst", total)
+	}
+}
+
+func TestTokenBucketConcurrent(t *testing.T) {
+	var b tokenBucket
+	var got atomic.Int64
+	var wg sync.WaitGroup
+	now := time.Date(2024, 1, 1, 0, 0, 0, 0, time.UTC)
+	for range 8 {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			for range 1000 {
+				if b.take(now) {
+					got.Add(1)
+				}
+			}
+		}()
+	}
+	wg.Wait()
+	if got.Load() != icmpErrorBurst {
+		t.Errorf("%d tokens, want %d", got.Load(), icmpErrorBurst)
+	}
+}
+
+// Whatever follows an ICMP header, nothing panics, and what is sent is sound.
+func FuzzICMP(f *testing.F) {
+	for _, tt := range echoTests {
+		f.Add(tt.packet(patched([]byte(echoBody), 0, tt.request), "ping"))
+	}
+	f.Add(solicit("fd00::2"))
+	f.Add(dadFor("fd00::2"))
+	f.Add(quotedPacket(4, 600))
+	f.Add(quotedPacket(6, 1300))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var p ipPacket
+		if parseIP(b, &p) != nil || p.fragment || p.badChecksum || p.malformed {
+			return
+		}
+		s := New()
+		l := testLink
+		var frames [][]byte
+		l.w = func(frame []byte) error { frames = append(frames, frame); return nil }
+		if err := s.handleICMP(&p, &l); err != nil {
+			t.Fatal(err)
+		}
+		if len(frames) > 0 {
+			mustReassemble(t, frames, s.cfg.MTU)
+		}
+		frames = nil
+		if err := s.sendUnreachable(unreachableHost, b, &l); err != nil {
+			t.Fatal(err)
+		}
+		if len(frames) > 0 {
+			mustReassemble(t, frames, s.cfg.MTU)
+		}
+	})
+}
