@@ -85,19 +85,18 @@ func (t *TCB) inputOtherwise(now time.Time, seg *Segment) {
 		t.refuse(now, off, seg)
 		return
 	}
-	if !t.acceptable(off, seg.Len()) && seg.Flags&SYN == 0 {
+	ok := seg.Flags&SYN != 0 || t.acceptable(off, seg.Len())
+	if !ok {
 		t.refuse(now, off, seg)
-		if off != t.rcv.nxt || seg.Flags&ACK == 0 {
+		// At a closed window the ACK counts all the same (MUST-66), and so it does
+		// from a peer that has filled the window while we miss some of it.
+		if off != t.rcv.nxt && off != t.rcv.adv {
 			return
 		}
-		// The window is closed: the ACK counts all the same (MUST-66).
-		seg = &Segment{Seq: seg.Seq, Ack: seg.Ack, Flags: ACK, Window: seg.Window, HasTimestamps: seg.HasTimestamps,
-			TSVal: seg.TSVal, TSEcr: seg.TSEcr, Blocks: seg.Blocks, SACK: seg.SACK}
 	}
-	if seg.Flags&ACK == 0 || !t.inputAck(now, off, seg) {
-		return
+	if seg.Flags&ACK != 0 && t.inputAck(now, off, seg) && ok {
+		t.inputText(now, off, seg)
 	}
-	t.inputText(now, off, seg)
 }
 
 // acceptable is the first check of section 3.10.7.4, table 6; a segment that
@@ -205,8 +204,9 @@ func (t *TCB) inputAck(now time.Time, off int64, seg *Segment) bool {
 	case ack > t.snd.una:
 		t.acked(now, ack, seg)
 	case ack == t.snd.una:
-		// RFC 5681 section 2: what a duplicate ACK is.
-		dup := t.snd.nxt > t.snd.una && seg.Len() == 0 && t.snd.wnd == wnd
+		// RFC 5681 section 2: what a duplicate ACK is. At a closed window it is
+		// the answer to a probe.
+		dup := t.snd.nxt > t.snd.una && seg.Len() == 0 && t.snd.wnd == wnd && wnd > 0
 		t.duplicateAck(seg, dup)
 	default:
 		t.takeBlocks(seg)
@@ -385,7 +385,9 @@ func (t *TCB) inputText(now time.Time, off int64, seg *Segment) {
 	switch t.state {
 	case Established, FinWait1, FinWait2:
 	default:
-		return // the peer has closed: there is nothing to come (step 7)
+		// The peer has closed: there is nothing to come (step 7).
+		t.ackDue = t.ackDue || len(seg.Payload) > 0 || seg.Flags&FIN != 0
+		return
 	}
 	p := seg.Payload
 	end := off + int64(len(p))
@@ -439,7 +441,7 @@ func (t *TCB) takeData(now time.Time, off int64, p []byte) {
 		t.arm(timerDelack, now, delackTimeout)
 	}
 	if t.discard {
-		t.recvBuf.discard(t.recvBuf.nxt - t.recvBuf.base)
+		t.recvBuf.skip()
 	}
 	if n > 0 {
 		t.events |= EventReadable

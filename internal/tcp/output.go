@@ -29,9 +29,19 @@ func (t *TCB) Output(now time.Time, buf []byte) int {
 		t.probeDue = false
 		return t.output(now, buf, &Segment{Seq: t.snd.seq.wrap(t.snd.una - 1), Flags: ACK}, 0)
 	case t.ackDue:
-		return t.output(now, buf, &Segment{Seq: t.snd.seq.wrap(t.snd.nxt), Flags: ACK}, 0)
+		return t.output(now, buf, &Segment{Seq: t.snd.seq.wrap(t.ackSeq()), Flags: ACK}, 0)
 	}
 	return 0
+}
+
+// ackSeq returns the sequence number of an ACK without data: SND.NXT, unless the
+// peer has shrunk its window below that. It would drop the ACK then, so this one
+// lies in the window (as does that of Linux, tcp_acceptable_seq).
+func (t *TCB) ackSeq() int64 {
+	if edge := t.snd.una + t.snd.wnd; edge < t.snd.nxt {
+		return max(t.snd.una, edge-1)
+	}
+	return t.snd.nxt
 }
 
 // outputReset is the last segment of a connection, or the answer to one that
@@ -58,10 +68,8 @@ func (t *TCB) outputSYN(now time.Time, buf []byte) int {
 	if t.state == SynReceived {
 		seg.Flags |= ACK
 	}
-	if t.snd.nxt == 0 {
-		t.snd.nxt = 1
-		t.timing, t.timedSeq, t.timedAt = true, 0, now
-	}
+	t.timing = t.snd.nxt == 0 // sent again, it is not timed
+	t.snd.nxt, t.timedSeq, t.timedAt = 1, 0, now
 	if !t.armed(timerRexmt) {
 		t.arm(timerRexmt, now, t.rtt.timeout())
 	}
@@ -81,6 +89,7 @@ const (
 // nextSegment chooses the offsets to send: NextSeg of RFC 6675 section 4 within
 // the windows of both sides.
 func (t *TCB) nextSegment(now time.Time) (span, sendKind) {
+	t.restartIdle(now)
 	una, nxt, mss := t.snd.una, t.snd.nxt, t.mss()
 	l := &t.loss
 	if l.rtxDue {
@@ -188,10 +197,10 @@ func (t *TCB) outputData(now time.Time, buf []byte, s span, kind sendKind) int {
 		if !t.timing && t.loss.phase == phaseOpen {
 			t.timing, t.timedSeq, t.timedAt = true, s.start, now
 		}
-		t.lastSend = now
 	case sendAgain:
 		t.loss.highRxt = max(t.loss.highRxt, s.end)
 	}
+	t.lastSend = now
 	if !t.armed(timerRexmt) {
 		t.arm(timerRexmt, now, t.rtt.timeout())
 	}
@@ -263,11 +272,11 @@ func (t *TCB) tsVal(now time.Time) uint32 {
 }
 
 // windowEdge returns the right edge of the window to advertise: the end of the
-// buffer, unless that would move the edge by a silly amount (RFC 9293 section
-// 3.8.6.2.2).
+// buffer, as far as the window field reaches, unless that would move the edge by
+// a silly amount (RFC 9293 section 3.8.6.2.2).
 func (t *TCB) windowEdge() int64 {
-	edge := t.recvBuf.base + t.recvBuf.max
-	if edge-t.rcv.adv < min(int64(t.cfg.MSS), t.recvBuf.max/2) {
+	edge := min(t.recvBuf.base+t.recvBuf.max, t.rcv.nxt+65535<<t.rcv.scale)
+	if edge-t.rcv.adv < min(max(int64(t.cfg.MSS), 1<<t.rcv.scale), t.recvBuf.max/2) {
 		return t.rcv.adv
 	}
 	return edge
@@ -298,11 +307,11 @@ func (t *TCB) guardOutstanding(now time.Time) {
 	switch {
 	case t.snd.wnd <= 0 && (outstanding || t.pending()), !outstanding && t.pending():
 		t.disarm(timerRexmt)
-		if !t.armed(timerPersist) {
-			d := t.rtt.timeout()
-			if t.usableWindow() > 0 {
-				d = overrideTime
-			}
+		d := t.rtt.timeout()
+		if t.usableWindow() > 0 {
+			d = overrideTime
+		}
+		if !t.armed(timerPersist) || t.usableWindow() > 0 && t.timers[timerPersist].After(now.Add(d)) {
 			t.arm(timerPersist, now, d)
 		}
 		return

@@ -163,6 +163,16 @@ func (b *recvBuf) read(p []byte) int {
 	return int(n)
 }
 
+// skip forgets the readable bytes, and keeps those out of order, which the peer
+// may believe received. Unlike discard it may be called during a loan.
+func (b *recvBuf) skip() {
+	if b.ring.lent {
+		b.drop() // the memory is the borrower's until Discard
+		return
+	}
+	b.discard(b.nxt - b.base)
+}
+
 // drop forgets every byte, readable or out of order.
 func (b *recvBuf) drop() {
 	b.base = b.nxt

@@ -150,6 +150,7 @@ func newTCB(cfg Config, now time.Time) *TCB {
 	t.sendBuf = sendBuf{base: 1, end: 1, max: int64(cfg.SendBuffer)}
 	t.recvBuf = recvBuf{base: 1, nxt: 1, max: int64(cfg.ReceiveBuffer)}
 	t.snd.mss = int64(min(cfg.MSS, cfg.DefaultMSS))
+	t.rcv.nxt, t.rcv.acked, t.rcv.adv = 1, 1, 1 // the peer's SYN has offset 0
 	t.rcv.scale = scaleFor(cfg.ReceiveBuffer)
 	t.rtt.rto = initialRTO
 	t.synDue = true
@@ -187,7 +188,6 @@ func NewPassive(cfg Config, now time.Time, syn *Segment) *TCB {
 // have sent it, and this side has offered all of them or answers now.
 func (t *TCB) takeSYN(now time.Time, syn *Segment) {
 	t.rcv.seq = seqSpace(syn.Seq)
-	t.rcv.nxt, t.rcv.acked = 1, 1
 	if syn.MSS != 0 {
 		t.snd.mss = min(max(int64(syn.MSS), mssFloor), int64(t.cfg.MSS))
 	}
@@ -344,7 +344,7 @@ func (t *TCB) CloseWrite() {
 // CloseRead throws away what has arrived and what will arrive.
 func (t *TCB) CloseRead() {
 	t.discard = true
-	t.recvBuf.drop()
+	t.recvBuf.skip()
 	t.announceWindow()
 }
 
@@ -384,8 +384,8 @@ func (t *TCB) fail(r Reason) {
 	t.reason = r
 }
 
-// close ends the connection and forgets its data, but for bytes that can still
-// be read after the peer's reset.
+// close ends the connection and forgets its data, but for the bytes that have
+// arrived, which can still be read unless this side gave them up.
 func (t *TCB) close(r Reason) {
 	if t.state == Closed {
 		return
@@ -393,7 +393,7 @@ func (t *TCB) close(r Reason) {
 	t.state, t.reason = Closed, r
 	t.timers = [numTimers]time.Time{}
 	t.sendBuf.drop()
-	if r != Reset {
+	if r == Aborted {
 		t.recvBuf.drop()
 	}
 	t.recvBuf.ooo = nil

@@ -20,7 +20,7 @@ const (
 
 const (
 	maxRetries     = 15 // of data: R2 of RFC 9293 section 3.8.3, about 15 minutes
-	maxSynRetries  = 7  // of a SYN: 255 s, R2 for a SYN is at least 3 minutes
+	maxSynRetries  = 7  // of a SYN: 247 s, R2 for a SYN is at least 3 minutes
 	delackTimeout  = 40 * time.Millisecond
 	overrideTime   = 500 * time.Millisecond // RFC 9293 section 3.8.6.2.1: 0.1 to 1 s
 	challengePause = 500 * time.Millisecond // between challenge ACKs of one connection
@@ -118,9 +118,13 @@ func (t *TCB) persistTimeout(now time.Time) {
 		t.fail(TimedOut)
 		return
 	}
-	t.persistBackoff++
+	d := backedOff(t.rtt.rto, t.persistBackoff)
+	if d < maxRTO {
+		t.persistBackoff++
+		d = min(2*d, maxRTO)
+	}
 	t.probeDue = true
-	t.arm(timerPersist, now, backedOff(t.rtt.rto, t.persistBackoff))
+	t.arm(timerPersist, now, d)
 }
 
 // keepTimeout probes a silent peer (RFC 9293 section 3.8.4), unless data is on

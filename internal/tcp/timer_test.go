@@ -1,0 +1,309 @@
+package tcp
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+)
+
+// T094: the timeout doubles up to 120 s. T099: the connection is given up.
+func TestT094Backoff(t *testing.T) {
+	h := established(t, plain)
+	h.rtt.rto = sec
+	h.write(10)
+	h.advance(time.Hour)
+	want := []float64{0, 1, 3, 7, 15, 31, 63, 127, 247, 367, 487, 607, 727, 847, 967, 1087, 1207}
+	if !slices.Equal(h.times, want) { // the last is the reset
+		t.Errorf("sent at %v\nwant %v", h.times, want)
+	}
+	h.wantClosed(TimedOut)
+	q := h.drain()
+	if len(q) != maxRetries+2 || !match(q[16], "R. 11 ack 1") {
+		t.Errorf("%q", q)
+	}
+	for _, s := range q[:16] {
+		if !match(s, "P. 1:11 ack 1") {
+			t.Errorf("sent %s", s)
+		}
+	}
+	if h.Events()&EventClosed == 0 || h.Write([]byte{1}) != 0 {
+		t.Error("no event")
+	}
+	// From 200 ms: not before 100 s.
+	h = established(t, plain)
+	h.write(10)
+	h.advance(100 * sec)
+	h.want(Established)
+	if n := len(h.drain()); n < 9 {
+		t.Errorf("sent %d times in 100 s", n)
+	}
+	h.advance(20 * time.Minute)
+	h.wantClosed(TimedOut)
+}
+
+// T096: an ACK restarts the timer; when all is acknowledged none runs.
+func TestT096Restart(t *testing.T) {
+	h := passive(t, "S 0 "+plain)
+	h.advance(100 * ms)
+	h.in(". 1 ack 1") // RTO 300 ms
+	h.write(2920)
+	h.drain()
+	h.advance(200 * ms)
+	h.timing = false // keeps the RTO
+	h.in(". 1 ack 1461")
+	h.advance(299 * ms)
+	h.expect()
+	h.advance(ms)
+	h.expect(". 1461:2921")
+	h.in(". 1 ack 2921")
+	if !h.TCB.Deadline().IsZero() {
+		t.Errorf("a timer runs: %v", h.timers)
+	}
+}
+
+// T143: keep-alive.
+func TestT143KeepAlive(t *testing.T) {
+	h := established(t, plain)
+	h.advance(1000 * time.Hour)
+	h.expect()
+	h.want(Established)
+
+	h = established(t, plain, keepAlive(2*time.Hour, 75*sec, 9))
+	h.advance(2*time.Hour - 1)
+	h.expect()
+	h.advance(1)
+	h.expect(". 0 ack 1")
+	h.in(". 1 ack 1")
+	h.advance(2*time.Hour - 1)
+	h.expect()
+	h.advance(1 + 75*sec) // one is lost
+	h.expect(". 0 ack 1", ". 0 ack 1")
+	h.in(". 1 ack 1")
+	h.advance(2*time.Hour + 8*75*sec)
+	if n := len(h.drain()); n != 9 {
+		t.Errorf("%d probes", n)
+	}
+	h.want(Established)
+	h.advance(75*sec - 1)
+	h.want(Established)
+	h.advance(1)
+	h.wantClosed(TimedOut)
+	h.expect("R. 1 ack 1")
+
+	// Not while data is outstanding, nor at a closed window.
+	h = established(t, plain, keepAlive(sec, sec, 2))
+	h.write(10)
+	h.drain()
+	h.advance(60 * sec)
+	for _, s := range h.drain() {
+		if !match(s, "P. 1:11 ack 1") {
+			t.Errorf("sent %s", s)
+		}
+	}
+	h.in(". 1 ack 11 win 0")
+	h.write(10)
+	for range 100 {
+		h.advance(sec)
+		h.in(". 1 ack 11 win 0")
+	}
+	h.want(Established)
+
+	// Half closed: both ways.
+	for _, s := range []State{FinWait2, CloseWait} {
+		h = inState(t, s)
+		h.cfg.KeepAlive = KeepAlive{sec, sec, 2}
+		h.heard(h.now)
+		h.advance(10 * sec)
+		h.wantClosed(TimedOut)
+	}
+	// Not in TIME-WAIT.
+	h = established(t, plain, keepAlive(sec, sec, 2))
+	h.closeWrite()
+	h.in("F. 1 ack 2")
+	h.drain()
+	h.advance(timeWaitTime)
+	h.expect()
+	h.wantClosed(None)
+}
+
+// T129, T137, T138: TIME-WAIT.
+func TestT137TimeWait(t *testing.T) {
+	h := established(t, plain)
+	h.closeWrite()
+	h.expect("F. 1 ack 1")
+	h.in(". 1 ack 2")
+	h.want(FinWait2)
+	h.Events()
+	h.in("F. 1 ack 2")
+	h.expect(". 2 ack 2")
+	h.want(TimeWait)
+	if h.Events()&(EventTimeWait|EventReadable) != EventTimeWait|EventReadable {
+		t.Error("no event")
+	}
+	h.advance(59 * sec)
+	h.in("F. 1 ack 2") // its ACK was lost
+	h.expect(". 2 ack 2")
+	h.in("R 2", "R 3", "R. 2 ack 2")
+	h.expect()
+	h.want(TimeWait)
+	h.in(". 2:12 ack 2", ". 2 ack 2")
+	h.expect(". 2 ack 2")
+	h.advance(59 * sec)
+	h.want(TimeWait)
+	h.advance(sec)
+	h.wantClosed(None)
+	h.expect()
+	if !h.TCB.Deadline().IsZero() || h.Events()&EventClosed == 0 {
+		t.Error("not at rest")
+	}
+}
+
+// T139: which SYN may begin anew.
+func TestT139Replace(t *testing.T) {
+	h := inState(t, TimeWait)
+	may := func(text string, want bool) {
+		t.Helper()
+		s := h.parse(text)
+		if h.MayReplace(&s) != want {
+			t.Errorf("%s in %v: want %v", text, h.state, want)
+		}
+	}
+	may("S 2", true)
+	may("S 1", false)
+	may("S -5", false)
+	may("S 2000000000", true)
+	may("S 3000000000", false) // more than half the space away
+	may("S. 2 ack 1", false)
+	may("SR 2", false)
+	may("SF 2", false)
+	may(". 2", false)
+	may("SE 2 <mss 1460>", true)
+	may("S 2 <ts 0 0>", true)
+
+	h = established(t, "<mss 1460,ts 100 0>")
+	h.closeWrite()
+	h.in("F. 1 ack 2 <ts 100 0>")
+	h.want(TimeWait)
+	may("S 2 <ts 99 0>", false)
+	may("S 2 <ts 100 0>", true)
+	may("S 1 <ts 100 0>", false)
+	may("S -100 <ts 101 0>", true)
+	may("S 2", true)
+	may("S 1", false)
+
+	for _, s := range synchronizedStates {
+		h = inState(t, s)
+		may("S 1000", false)
+	}
+}
+
+// T136: a connection that its application has left lasts as long as it makes
+// progress, and a minute.
+func TestT136Orphan(t *testing.T) {
+	for _, s := range []State{FinWait1, FinWait2, Closing, LastAck, CloseWait, Established} {
+		h := inState(t, s)
+		h.shut()
+		h.advance(orphanTime - 1)
+		if h.state == Closed {
+			t.Errorf("%v: gone early", s)
+		}
+		h.drain()
+		h.advance(1)
+		h.wantClosed(TimedOut)
+		h.expect(fmt.Sprintf("R. 2 ack %d", h.rcv.nxt))
+	}
+	// Progress counts.
+	h := established(t, plain)
+	h.write(100_000)
+	h.shut()
+	for h.snd.una < 100_001 {
+		h.advance(orphanTime - sec)
+		h.in(fmt.Sprintf(". 1 ack %d", min(h.snd.una+1000, 100_001)))
+	}
+	h.want(FinWait1)
+	h.in(". 1 ack 100002")
+	h.want(FinWait2)
+	h.advance(orphanTime - 1)
+	h.want(FinWait2)
+	h.advance(1)
+	h.wantClosed(TimedOut)
+	// The FIN of the peer in time.
+	h = inState(t, FinWait2)
+	h.shut()
+	h.advance(59 * sec)
+	h.in("F. 1 ack 2")
+	h.want(TimeWait)
+	h.advance(59 * sec)
+	h.want(TimeWait)
+	h.advance(sec)
+	h.wantClosed(None)
+}
+
+// T140: the last FIN is sent again.
+func TestT140LastAck(t *testing.T) {
+	for _, s := range []State{Closing, LastAck} {
+		h := inState(t, s)
+		h.advance(minRTO)
+		h.expect("F. 1 ack 2")
+		h.in(". 2 ack 3")
+		h.expect(". 2 ack 2")
+		h.want(s)
+		h.advance(time.Hour)
+		h.wantClosed(TimedOut)
+		h = inState(t, s)
+		h.in("R 2")
+		h.wantClosed(Reset)
+	}
+}
+
+// Advance leaves no deadline behind, however late it is called.
+func TestAdvance(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(5, 5))
+	for range 300 {
+		h := established(t, plain, keepAlive(10*sec, sec, 5))
+		h.silent = true
+		for range 30 {
+			switch rnd.IntN(5) {
+			case 0:
+				h.Write(patterned(fromTCB, h.sendBuf.end, h.sendBuf.end+rnd.Int64N(3000)))
+			case 1:
+				h.in(fmt.Sprintf(". %d ack %d win %d", h.rcv.nxt, h.snd.nxt, rnd.IntN(2)*rnd.IntN(60000)))
+			case 2:
+				h.in(fmt.Sprintf(". %d:%d ack %d win %d", h.rcv.nxt, h.rcv.nxt+100, h.snd.una, rnd.IntN(60000)))
+			case 3:
+				h.CloseWrite()
+			}
+			for h.Output(h.now, make([]byte, 2000)) > 0 {
+			}
+			h.now = h.now.Add(time.Duration(rnd.Int64N(int64(30 * sec))))
+			h.Advance(h.now)
+			if d := h.TCB.Deadline(); !d.IsZero() && !d.After(h.now) {
+				t.Fatalf("%v: deadline in the past: %v", h.state, h.timers)
+			}
+			for h.Output(h.now, make([]byte, 2000)) > 0 {
+			}
+			if d := h.TCB.Deadline(); !d.IsZero() && !d.After(h.now) {
+				t.Fatalf("%v: deadline in the past after Output: %v", h.state, h.timers)
+			}
+			h.Advance(h.now) // nothing is due
+			if h.Output(h.now, make([]byte, 2000)) > 0 {
+				t.Fatal("more is due than before")
+			}
+		}
+	}
+}
+
+// A TCB that nothing waits for has no deadline, and sends nothing.
+func TestAtRest(t *testing.T) {
+	h := inState(t, Established)
+	if d := h.TCB.Deadline(); !d.IsZero() {
+		t.Errorf("deadline %v", d)
+	}
+	h.advance(1000 * time.Hour)
+	h.expect()
+	if h.recvBuf.ring.size() != 0 || h.sendBuf.ring.size() != 0 {
+		t.Error("an idle connection holds memory")
+	}
+}
