@@ -26,11 +26,10 @@ type check struct {
 // bench is everything the checks of one address family need.
 type bench struct {
 	family
-	net    *network
-	host   *host
-	client *http.Client
-	offer  payload // what the host has for download
-	gift   payload // what the guest uploads
+	net   *network
+	host  *host
+	offer payload // what the host has for download
+	gift  payload // what the guest uploads
 }
 
 // checkAll runs every check over both families and prints the table. The error
@@ -41,13 +40,11 @@ func checkAll(ctx context.Context, download, upload int64, stdout, stderr io.Wri
 		return err
 	}
 	defer n.Close()
-	client := n.httpClient()
-	defer client.CloseIdleConnections()
 
 	results := newReport(stdout, stderr)
 	offer, gift := newPayload(download), newPayload(upload)
 	for _, f := range families {
-		b := &bench{family: f, net: n, client: client, offer: offer, gift: gift}
+		b := &bench{family: f, net: n, offer: offer, gift: gift}
 		if err := b.runAll(ctx, results); err != nil {
 			return fmt.Errorf("%s: %w", f.name, err)
 		}
@@ -111,7 +108,7 @@ func (b *bench) callVirtualServer(ctx context.Context, _ *meter) (int64, error) 
 	go server.Serve(listener)
 	defer server.Close()
 
-	body, err := get(ctx, b.client, fmt.Sprintf("http://%v/", address))
+	body, err := get(ctx, b.net.client, fmt.Sprintf("http://%v/", address))
 	if err != nil {
 		return 0, err
 	}
@@ -168,7 +165,7 @@ func echoOne(conn net.Conn, size int) error {
 
 // download fetches the payload from the host and compares digests.
 func (b *bench) download(ctx context.Context, m *meter) (int64, error) {
-	body, err := get(ctx, b.client, b.hostURL("/payload"))
+	body, err := get(ctx, b.net.client, b.hostURL("/payload"))
 	if err != nil {
 		return 0, err
 	}
@@ -189,7 +186,7 @@ func (b *bench) upload(ctx context.Context, m *meter) (int64, error) {
 		return 0, err
 	}
 	request.ContentLength = b.gift.size
-	body, err := do(b.client, request)
+	body, err := do(b.net.client, request)
 	if err != nil {
 		return 0, err
 	}
@@ -244,10 +241,8 @@ func fetchURL(ctx context.Context, url, output string, stdout io.Writer) (err er
 		return err
 	}
 	defer n.Close()
-	client := n.httpClient()
-	defer client.CloseIdleConnections()
 
-	body, err := get(ctx, client, url)
+	body, err := get(ctx, n.client, url)
 	if err != nil {
 		return err
 	}

@@ -122,7 +122,7 @@ func TestFetchURLFailures(t *testing.T) {
 		{"refused", []string{"-url", "http://10.0.2.2:1/"}, "refused"},
 		{"time-out", []string{"-url", base + "/hangs", "-timeout", "200ms"}, "timed out after 200ms"},
 		{"no scheme", []string{"-url", "10.0.2.2"}, "unsupported protocol scheme"},
-		{"file", []string{"-url", base + "/page", "-o", filepath.Join(t.TempDir(), "none", "page")}, "no such file"},
+		{"file", []string{"-url", base + "/page", "-o", filepath.Join(t.TempDir(), "none", "page")}, "open "},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {

@@ -53,6 +53,8 @@ const etherHeaderLen = 14
 type network struct {
 	nat   *slirp.Stack // ends the guest's flows and opens host sockets for them
 	guest *slirp.Stack // plays the machine behind the NAT
+
+	client *http.Client // of the guest
 }
 
 // newNetwork makes the two stacks and joins them.
@@ -70,6 +72,7 @@ func newNetwork() (*network, error) {
 		return nil, err
 	}
 	n := &network{nat: nat, guest: guest}
+	n.client = n.httpClient()
 	if err := n.join(); err != nil {
 		n.Close()
 		return nil, err
@@ -96,6 +99,7 @@ func (n *network) join() error {
 
 // Close ends every flow of both stacks.
 func (n *network) Close() error {
+	n.client.CloseIdleConnections()
 	return errors.Join(n.guest.Close(), n.nat.Close())
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -25,7 +26,7 @@ func newReport(table, screen io.Writer) *report {
 	return r
 }
 
-const rowFormat = "%-14s  %-6s  %12s  %10s  %8s  %s\n"
+const rowFormat = "%-14s  %-6s  %12s  %12s  %8s  %s\n"
 
 // isTerminal tells whether someone may be looking.
 func isTerminal(w io.Writer) bool {
@@ -56,7 +57,11 @@ func (r *report) run(ctx context.Context, family string, c check) {
 	if c.size > 0 && err == nil {
 		rate = fmt.Sprintf("%.0f", float64(n)*8/1e6/took.Seconds())
 	}
-	fmt.Fprintf(r.table, rowFormat, c.what, family, fmt.Sprint(n), took.Round(10*time.Microsecond), rate, result)
+	fmt.Fprintf(r.table, rowFormat, c.what, family, strconv.FormatInt(n, 10), milliseconds(took), rate, result)
+}
+
+func milliseconds(d time.Duration) string {
+	return fmt.Sprintf("%.2f ms", float64(d)/float64(time.Millisecond))
 }
 
 // reason prefers the cause for which everything was stopped to what the stop

@@ -1,0 +1,224 @@
+package slirp_test
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/KarpelesLab/slirp"
+)
+
+// serve gives a guest a network. Each Read of vm is one Ethernet frame from the
+// guest, each Write one for it: a TAP device, an emulator's socket, a pipe.
+func serve(vm io.ReadWriter) error {
+	stack := slirp.New()
+	defer stack.Close()
+	gateway := [6]byte{0x52, 0x54, 0x00, 0x12, 0x34, 0x57}
+	toGuest := func(frame []byte) error {
+		_, err := vm.Write(frame)
+		return err
+	}
+	buf := make([]byte, 65550)
+	for {
+		n, err := vm.Read(buf)
+		if err != nil {
+			return err
+		}
+		header, packet := buf[:14], buf[14:max(14, n)]
+		guest := [6]byte(header[6:12])
+		if err := stack.HandlePacket(0, guest, gateway, packet, toGuest); err != nil {
+			log.Printf("frame from % x: %v", guest, err)
+		}
+	}
+}
+
+// A guest that pings, behind a pipe.
+func ExampleStack_HandlePacket() {
+	host, guest := net.Pipe()
+	go serve(host)
+
+	// ICMPv6 echo request from fd00::15 to fd00::2, with its Ethernet header. A
+	// checksum of 0 stands for one that an offloading network card would fill in.
+	request := append([]byte{
+		0x52, 0x54, 0x00, 0x12, 0x34, 0x57, 0x52, 0x54, 0x00, 0x12, 0x34, 0x56, 0x86, 0xdd,
+		0x60, 0, 0, 0, 0, 12, 58, 64,
+		0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x15,
+		0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x02,
+		slirp.ICMPv6TypeEchoRequest, 0, 0, 0, 0, 7, 0, 1,
+	}, "ping"...)
+	guest.Write(request)
+
+	reply := make([]byte, 2000)
+	n, _ := guest.Read(reply)
+	message := reply[14+40 : n]
+	fmt.Println(message[0] == slirp.ICMPv6TypeEchoReply, string(message[8:]))
+	guest.Close()
+	// Output: true ping
+}
+
+// A server on an address that exists for the guest only.
+func ExampleStack_Listen() {
+	stack := slirp.New()
+	defer stack.Close()
+
+	listener, err := stack.Listen("tcp", "10.0.0.1:8080")
+	if err != nil {
+		log.Fatal(err)
+	}
+	go http.Serve(listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintf(w, "%s is not on any network card", r.Host)
+	}))
+
+	fmt.Println(get(stack, "http://10.0.0.1:8080/"))
+	// Output: 10.0.0.1:8080 is not on any network card
+}
+
+// Two stacks that are each other's guest, and a connection between them: a
+// network in a unit test.
+func ExampleStack_DialContext() {
+	server, client := slirp.New(), slirp.New()
+	defer server.Close()
+	defer client.Close()
+
+	serverMAC, clientMAC := [6]byte{2, 0, 0, 0, 0, 1}, [6]byte{2, 0, 0, 0, 0, 2}
+	var toServer, toClient slirp.Writer // 14 bytes of Ethernet header come off on the way
+	toServer = func(frame []byte) error {
+		return server.HandlePacket(0, clientMAC, serverMAC, frame[14:], toClient)
+	}
+	toClient = func(frame []byte) error {
+		return client.HandlePacket(0, serverMAC, clientMAC, frame[14:], toServer)
+	}
+	everywhere := netip.MustParsePrefix("0.0.0.0/0")
+	if err := client.AddRoute(0, everywhere, serverMAC, clientMAC, toServer); err != nil {
+		log.Fatal(err)
+	}
+
+	listener, err := server.Listen("tcp", "10.0.0.2:9000")
+	if err != nil {
+		log.Fatal(err)
+	}
+	go func() {
+		conn, err := listener.Accept()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		io.Copy(conn, conn) // until the client has ended its direction
+	}()
+
+	conn, err := client.DialContext(context.Background(), "tcp", "10.0.0.2:9000")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer conn.Close()
+	io.WriteString(conn, "there and back")
+	conn.(*slirp.VirtualConn).CloseWrite()
+	echo, err := io.ReadAll(conn)
+	fmt.Printf("%s, %v", echo, err)
+	// Output: there and back, <nil>
+}
+
+// A guest that may reach one service of the host, by the gateway's address, and
+// nothing else.
+func ExampleConfig() {
+	web, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer web.Close()
+	go http.Serve(web, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, "the host's own server")
+	}))
+
+	gateway := netip.MustParseAddr("10.0.2.2")
+	stack, err := slirp.NewWithConfig(slirp.Config{
+		// Policy: asked once for every flow.
+		Allow: func(ctx context.Context, f slirp.Flow) error {
+			if f.Destination == netip.AddrPortFrom(gateway, 80) {
+				return nil
+			}
+			return slirp.ErrProhibited
+		},
+		// Transport: where the flow goes.
+		Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, network, web.Addr().String())
+		},
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer stack.Close()
+
+	fmt.Println(get(stack, "http://10.0.2.2/"))
+	// Output: the host's own server
+}
+
+// get fetches a page as a guest of the stack.
+func get(stack *slirp.Stack, url string) string {
+	guest, err := slirp.NewWithConfig(slirp.Config{
+		Addresses: []netip.Addr{netip.MustParseAddr("10.0.2.15")},
+	})
+	if err != nil {
+		return err.Error()
+	}
+	defer guest.Close()
+	stackMAC, guestMAC := [6]byte{2, 0, 0, 0, 0, 1}, [6]byte{2, 0, 0, 0, 0, 2}
+	var toStack, toGuest slirp.Writer
+	toStack = func(frame []byte) error { return stack.HandlePacket(0, guestMAC, stackMAC, frame[14:], toGuest) }
+	toGuest = func(frame []byte) error { return guest.HandlePacket(0, stackMAC, guestMAC, frame[14:], toStack) }
+	if err := guest.AddRoute(0, netip.MustParsePrefix("0.0.0.0/0"), stackMAC, guestMAC, toStack); err != nil {
+		return err.Error()
+	}
+	transport := &http.Transport{DialContext: guest.DialContext}
+	defer transport.CloseIdleConnections()
+	answer, err := (&http.Client{Transport: transport}).Get(url)
+	if err != nil {
+		return err.Error()
+	}
+	defer answer.Body.Close()
+	body, err := io.ReadAll(answer.Body)
+	if err != nil {
+		return err.Error()
+	}
+	return string(body)
+}
+
+// Every Go example of the README is code of this file.
+func TestReadmeExamples(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	file, err := os.ReadFile("example_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	code := unindented(string(file))
+	examples := strings.Split(string(readme), "\n```go\n")[1:]
+	if len(examples) < 3 {
+		t.Errorf("the README has %d examples", len(examples))
+	}
+	for _, example := range examples {
+		example, _, _ = strings.Cut(example, "\n```")
+		if !strings.Contains(code, unindented(example)) {
+			t.Errorf("not in example_test.go:\n%s", example)
+		}
+	}
+}
+
+// unindented returns the text without white space at the start of its lines.
+func unindented(text string) string {
+	lines := strings.Split(text, "\n")
+	for i, line := range lines {
+		lines[i] = strings.TrimSpace(line)
+	}
+	return strings.Join(lines, "\n")
+}
