@@ -207,9 +207,10 @@ func (t *TCB) inputAck(now time.Time, off int64, seg *Segment) bool {
 		// RFC 5681 section 2: what a duplicate ACK is. At a closed window it is
 		// the answer to a probe.
 		dup := t.snd.nxt > t.snd.una && seg.Len() == 0 && t.snd.wnd == wnd && wnd > 0
-		t.duplicateAck(seg, dup)
+		t.duplicateAck(now, seg, dup)
 	default:
 		t.takeBlocks(seg)
+		t.useBlocks(now)
 	}
 	return t.state != Closed
 }
@@ -274,8 +275,8 @@ func (t *TCB) acked(now time.Time, ack int64, seg *Segment) {
 	t.takeBlocks(seg)
 	switch {
 	case ended && !slow:
-		// RFC 6582 section 3.2 step 3, option 1: no burst follows.
-		t.reno.cwnd = min(t.reno.ssthresh, max(t.snd.nxt-ack, t.mss())+t.mss())
+		// RFC 6582 section 3.2 step 3, between its options: no long burst follows.
+		t.reno.cwnd = min(t.reno.ssthresh, t.snd.nxt-ack+4*t.mss())
 	case t.loss.phase == phaseFast:
 	case flightBefore < t.limitedAt || slow:
 		// A cwnd that was not used does not grow (RFC 7661 section 4.3 has why).
@@ -285,8 +286,9 @@ func (t *TCB) acked(now time.Time, ack int64, seg *Segment) {
 		}
 		t.reno.onAck(n, t.mss(), limit)
 	}
-	if t.loss.phase == phaseOpen && t.loss.sack {
-		t.detectLoss()
+	if t.loss.sack {
+		t.disarm(timerReorder)
+		t.useBlocks(now)
 	}
 	if t.orphan && t.armed(timerEnd) {
 		t.arm(timerEnd, now, orphanTime)
@@ -333,7 +335,10 @@ func (t *TCB) takeBlocks(seg *Segment) int64 {
 	if !t.loss.sack {
 		return 0
 	}
-	var fresh int64
+	var fresh, top int64
+	if n := len(t.loss.sacked); n > 0 {
+		top = t.loss.sacked[n-1].end
+	}
 	for _, b := range seg.SACK[:seg.Blocks] {
 		left := t.snd.seq.unwrap(b.Left, t.snd.una)
 		right := t.snd.seq.unwrap(b.Right, t.snd.una)
@@ -344,14 +349,20 @@ func (t *TCB) takeBlocks(seg *Segment) int64 {
 		if len(t.loss.sacked) >= maxSacked && t.loss.sacked.wouldSplit(left, right) {
 			continue
 		}
-		fresh += t.loss.sacked.add(left, right)
+		few := len(t.loss.sacked) < maxBlocks-1 // an ACK had room for all
+		news := t.loss.sacked.nextGap(left, right)
+		n := t.loss.sacked.add(left, right)
+		if n > 0 && few && news.start < top && news.start >= t.loss.everRxt {
+			t.loss.reordered = true // sent once, and before what was SACKed before
+		}
+		fresh += n
 	}
 	return fresh
 }
 
 // duplicateAck takes an ACK that does not advance. With SACK one counts that
 // brings news (RFC 6675 section 2), without it one that has nothing else to say.
-func (t *TCB) duplicateAck(seg *Segment, dup bool) {
+func (t *TCB) duplicateAck(now time.Time, seg *Segment, dup bool) {
 	if t.loss.sack {
 		dup = t.takeBlocks(seg) > 0
 	}
@@ -359,9 +370,43 @@ func (t *TCB) duplicateAck(seg *Segment, dup bool) {
 		return
 	}
 	t.loss.dupAcks++
-	if t.loss.phase == phaseOpen {
+	if t.loss.sack {
+		t.useBlocks(now)
+	} else if t.loss.phase == phaseOpen {
 		t.detectLoss()
 	}
+}
+
+// useBlocks looks for losses that the scoreboard shows.
+func (t *TCB) useBlocks(now time.Time) {
+	una, nxt, mss := t.snd.una, t.snd.nxt, t.mss()
+	l := &t.loss
+	switch {
+	case l.phase == phaseOpen && len(l.sacked) > 0:
+		t.detectLoss()
+		if l.phase == phaseOpen && !t.armed(timerReorder) {
+			t.arm(timerReorder, now, t.reorderTime())
+		}
+	case l.phase == phaseFast:
+		again := l.findLostAgain(una, mss)
+		edge := l.lostEdge(una, nxt, mss)
+		if again || l.missing(max(una, l.recover), max(una, edge)) > 0 {
+			// What was sent in this recovery is lost too: RFC 5681 section 4.3.
+			t.reno.halve(t.reno.cwnd, mss)
+			t.reno.cwnd = t.reno.ssthresh
+			l.recover = nxt
+		}
+	}
+}
+
+// reorderTime is how long a gap below SACKed data may be due to reordering: the
+// reordering window of RFC 8985 section 6.2 step 4.
+func (t *TCB) reorderTime() time.Duration {
+	d := t.rtt.srtt / 4
+	if t.loss.reordered {
+		d = t.rtt.srtt
+	}
+	return max(d, time.Millisecond)
 }
 
 // detectLoss begins fast recovery if what is known says that a segment is lost:
@@ -374,10 +419,16 @@ func (t *TCB) detectLoss() {
 	if t.loss.dupAcks < dupThresh && (!t.loss.sack || t.loss.lostEdge(una, nxt, mss) <= una) {
 		return
 	}
-	t.reno.halve(nxt-una-t.loss.limited, mss)
+	t.enterRecovery()
+}
+
+// enterRecovery begins fast recovery.
+func (t *TCB) enterRecovery() {
+	t.reno.halve(t.snd.nxt-t.snd.una-t.loss.limited, t.mss())
 	t.reno.cwnd = t.reno.ssthresh
-	t.loss.enter(phaseFast, una, nxt)
+	t.loss.enter(phaseFast, t.snd.una, t.snd.nxt)
 	t.timing = false
+	t.disarm(timerReorder)
 }
 
 // inputText is steps 7 and 8: the data of the segment, and its FIN.
@@ -419,8 +470,10 @@ func (t *TCB) noteFIN(off int64) {
 	}
 }
 
-// takeData is step 7. ACKs follow RFC 5681 section 4.2: at once for every second
-// segment and for anything out of the ordinary, else delayed.
+// takeData is step 7. ACKs follow RFC 5681 section 4.2: at once for more than a
+// full segment and for anything out of the ordinary, else delayed. For some full
+// segments after a gap no ACK is delayed: the peer's window is small then, and
+// each one counts.
 func (t *TCB) takeData(now time.Time, off int64, p []byte) {
 	limit := min(t.rcv.adv, t.recvBuf.base+t.recvBuf.max+windowSlack<<t.rcv.scale)
 	if t.rcv.fin != 0 {
@@ -435,8 +488,13 @@ func (t *TCB) takeData(now time.Time, off int64, p []byte) {
 	n := t.recvBuf.insert(off, p)
 	t.rcv.nxt += n
 	t.rcv.mss = min(max(t.rcv.mss, int64(len(p))), int64(t.cfg.MSS))
-	if n == 0 || !inOrder || off < t.rcv.nxt-n || t.rcv.nxt-t.rcv.acked >= 2*t.rcv.mss {
+	if n == 0 || !inOrder || off < t.rcv.nxt-n {
+		t.ackDue, t.rcv.quick = true, quickAcks
+	} else if t.rcv.nxt-t.rcv.acked > t.rcv.mss {
 		t.ackDue = true
+	} else if t.rcv.quick > 0 && int64(len(p)) == t.rcv.mss {
+		t.ackDue = true
+		t.rcv.quick--
 	} else if !t.armed(timerDelack) {
 		t.arm(timerDelack, now, delackTimeout)
 	}

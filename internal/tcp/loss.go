@@ -3,6 +3,12 @@ package tcp
 // Loss recovery: SACK-based by RFC 6675, NewReno by RFC 6582 for a peer without
 // SACK, after a timeout by RFC 5681 section 3.1, limited transmit by RFC 3042.
 //
+// With SACK two things are from RFC 8985 (RACK), where small windows need them:
+// a gap that stays open for a part of the round trip is a loss even if fewer
+// than three segments are SACKed above it, and a retransmission is lost if
+// something sent after it has arrived. The order of sending, which offsets tell,
+// takes the place of RACK's times.
+//
 // One estimate serves all of them: pipe, the bytes that are still in the
 // network (RFC 6675 section 4). Without SACK every duplicate ACK says that one
 // segment has left it. cwnd is therefore never inflated as in RFC 6582; to leave
@@ -35,6 +41,18 @@ type lossState struct {
 	rescued bool  // the rescue retransmission was used (NextSeg rule 4)
 	limited int64 // bytes sent by limited transmit since the first duplicate ACK
 	rtxDue  bool  // the first segment goes out whatever pipe says
+
+	reordered bool     // the network was seen to reorder
+	everRxt   int64    // end of what was ever retransmitted
+	resent    []resent // retransmissions of this recovery that may be under way, the oldest first
+	lostAgain rangeSet // retransmissions that are lost
+}
+
+// resent is a range that was retransmitted when nxt was mark: what is at mark or
+// above was sent later.
+type resent struct {
+	span
+	mark int64
 }
 
 // left returns the bytes that have left the network above una: they were
@@ -54,6 +72,9 @@ func (l *lossState) lostEdge(una, nxt, mss int64) int64 {
 		return l.recover
 	case !l.sack && l.phase == phaseFast:
 		return min(una+mss, nxt)
+	case l.phase == phaseFast && !l.reordered && len(l.sacked) > 0:
+		// RFC 8985 section 6.2 step 4: in recovery the reordering window is 0.
+		return l.sacked[len(l.sacked)-1].start
 	}
 	var bytes int64
 	for i := len(l.sacked) - 1; i >= 0; i-- {
@@ -66,9 +87,9 @@ func (l *lossState) lostEdge(una, nxt, mss int64) int64 {
 	return una
 }
 
-// missing returns how many bytes of [una, off) the peer does not hold.
-func (l *lossState) missing(una, off int64) int64 {
-	return max(0, off-una-l.sacked.sizeBefore(off))
+// missing returns how many bytes of [from, to) the peer does not hold.
+func (l *lossState) missing(from, to int64) int64 {
+	return max(0, to-from-l.sacked.sizeBefore(to)+l.sacked.sizeBefore(from))
 }
 
 // pipe is SetPipe of RFC 6675 section 4: what was sent, less what has left the
@@ -77,6 +98,9 @@ func (l *lossState) pipe(una, nxt, mss int64) int64 {
 	p := nxt - una - l.left(una, nxt, mss)
 	if l.phase != phaseOpen {
 		p += l.missing(una, l.highRxt) - l.missing(una, l.lostEdge(una, nxt, mss))
+		for _, s := range l.lostAgain {
+			p -= l.missing(s.start, s.end)
+		}
 	}
 	return max(0, p)
 }
@@ -84,6 +108,12 @@ func (l *lossState) pipe(una, nxt, mss int64) int64 {
 // nextLost returns the next range to retransmit because it is lost: rule 1 of
 // NextSeg, RFC 6675 section 4.
 func (l *lossState) nextLost(una, nxt, mss int64) span {
+	for _, s := range l.lostAgain {
+		if gap := l.sacked.nextGap(max(una, s.start), s.end); gap.start < gap.end {
+			gap.end = min(gap.end, gap.start+mss)
+			return gap
+		}
+	}
 	edge := l.lostEdge(una, nxt, mss)
 	gap := l.sacked.nextGap(max(una, l.highRxt), nxt)
 	if gap.start >= edge {
@@ -115,6 +145,7 @@ func (l *lossState) nextDoubtful(una, nxt, mss int64) span {
 func (l *lossState) enter(p phase, una, nxt int64) {
 	l.phase, l.recover, l.highRxt = p, nxt, una
 	l.rescued, l.rtxDue, l.limited = false, true, 0
+	l.resent, l.lostAgain = l.resent[:0], l.lostAgain[:0]
 	if p == phaseRTO {
 		// RFC 2018 section 8: after a timeout the peer may have reneged.
 		l.sacked = l.sacked[:0]
@@ -125,12 +156,54 @@ func (l *lossState) enter(p phase, una, nxt int64) {
 // leave ends recovery.
 func (l *lossState) leave() {
 	l.phase, l.dupAcks, l.limited, l.rtxDue = phaseOpen, 0, 0, false
+	l.resent, l.lostAgain = l.resent[:0], l.lostAgain[:0]
+}
+
+// sentAgain notes that s was retransmitted.
+func (l *lossState) sentAgain(s span, nxt int64) {
+	l.highRxt, l.everRxt = max(l.highRxt, s.end), max(l.everRxt, s.end)
+	if l.sack && l.phase == phaseFast {
+		l.lostAgain.removeBefore(s.end) // nextLost takes the first
+		l.resent = append(l.resent, resent{s, nxt})
+	}
+}
+
+// findLostAgain finds the retransmissions that are lost: something sent later
+// has arrived (RFC 8985 section 6.2 step 5, with the order of sending for the
+// time). Where the network reorders it must have been sent much later. It
+// reports whether there are any.
+func (l *lossState) findLostAgain(una, mss int64) bool {
+	if len(l.resent) == 0 || len(l.sacked) == 0 {
+		return false
+	}
+	arrived := l.sacked[len(l.sacked)-1].end
+	if l.reordered {
+		arrived -= (dupThresh - 1) * mss
+	}
+	keep, found := l.resent[:0], false
+	for _, r := range l.resent {
+		_, held := l.sacked.find(r.end - 1)
+		switch {
+		case r.end <= una || held:
+		case r.mark < arrived:
+			l.lostAgain.add(r.start, r.end)
+			found = true
+		default:
+			keep = append(keep, r)
+		}
+	}
+	l.resent = keep
+	return found
 }
 
 // advance takes a cumulative ACK of n bytes up to una, and reports whether it
 // ended a recovery.
 func (l *lossState) advance(una, n, mss int64) (ended bool) {
+	if len(l.sacked) > 0 && una-n >= l.everRxt {
+		l.reordered = true // a gap was filled without a retransmission (RFC 8985 section 6.2 step 3)
+	}
 	l.sacked.removeBefore(una)
+	l.lostAgain.removeBefore(una)
 	switch {
 	case l.phase == phaseOpen:
 		l.dupAcks, l.limited = 0, 0

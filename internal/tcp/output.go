@@ -194,14 +194,17 @@ func (t *TCB) outputData(now time.Time, buf []byte, s span, kind sendKind) int {
 			t.loss.limited += n
 		}
 		t.snd.nxt = s.end
-		if !t.timing && t.loss.phase == phaseOpen {
+		// After a timeout a sample is wanted in any case: it ends the backoff.
+		if !t.timing && (t.loss.phase == phaseOpen || t.rtt.backoff > 0) {
 			t.timing, t.timedSeq, t.timedAt = true, s.start, now
 		}
 	case sendAgain:
-		t.loss.highRxt = max(t.loss.highRxt, s.end)
+		t.loss.sentAgain(s, t.snd.nxt)
 	}
 	t.lastSend = now
-	if !t.armed(timerRexmt) {
+	// During fast recovery a retransmission starts the timer again (RFC 6675
+	// section 5.1): until its ACK can have come nothing has timed out.
+	if !t.armed(timerRexmt) || kind == sendAgain && t.loss.phase == phaseFast {
 		t.arm(timerRexmt, now, t.rtt.timeout())
 	}
 	length := t.output(now, buf, &seg, n)
@@ -276,7 +279,11 @@ func (t *TCB) tsVal(now time.Time) uint32 {
 // a silly amount (RFC 9293 section 3.8.6.2.2).
 func (t *TCB) windowEdge() int64 {
 	edge := min(t.recvBuf.base+t.recvBuf.max, t.rcv.nxt+65535<<t.rcv.scale)
-	if edge-t.rcv.adv < min(max(int64(t.cfg.MSS), 1<<t.rcv.scale), t.recvBuf.max/2) {
+	full := int64(t.cfg.MSS)
+	if t.timestamps {
+		full -= timestampsLen
+	}
+	if edge-t.rcv.adv < min(max(full, 1<<t.rcv.scale), t.recvBuf.max/2) {
 		return t.rcv.adv
 	}
 	return edge

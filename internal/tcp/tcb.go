@@ -105,6 +105,7 @@ type TCB struct {
 		acked int64 // nxt as last sent to the peer: Last.ACK.sent
 		fin   int64 // offset of the peer's FIN; 0: not seen yet
 		mss   int64 // longest payload seen, for the every-second-segment rule
+		quick int   // full segments to acknowledge at once
 		scale uint8 // of our window
 	}
 	sendBuf sendBuf

@@ -15,6 +15,7 @@ const (
 	timerDelack               // an ACK is owed
 	timerKeep                 // the peer was silent: probe it
 	timerEnd                  // TIME-WAIT ends, or an orphan has made no progress
+	timerReorder              // a gap below SACKed data is due to loss by now
 	numTimers
 )
 
@@ -22,6 +23,7 @@ const (
 	maxRetries     = 15 // of data: R2 of RFC 9293 section 3.8.3, about 15 minutes
 	maxSynRetries  = 7  // of a SYN: 247 s, R2 for a SYN is at least 3 minutes
 	delackTimeout  = 40 * time.Millisecond
+	quickAcks      = 16                     // full segments
 	overrideTime   = 500 * time.Millisecond // RFC 9293 section 3.8.6.2.1: 0.1 to 1 s
 	challengePause = 500 * time.Millisecond // between challenge ACKs of one connection
 	// Deviation: RFC 9293 gives a SYN-ACK the R2 of a SYN. Five retransmissions,
@@ -73,6 +75,10 @@ func (t *TCB) Advance(now time.Time) {
 			t.keepTimeout(now)
 		case timerEnd:
 			t.endTimeout()
+		case timerReorder:
+			if t.loss.phase == phaseOpen && len(t.loss.sacked) > 0 {
+				t.enterRecovery()
+			}
 		}
 	}
 }
@@ -105,6 +111,7 @@ func (t *TCB) retransmissionTimeout(now time.Time) {
 	}
 	t.reno.cwnd = t.mss()
 	t.loss.enter(phaseRTO, t.snd.una, t.snd.nxt)
+	t.disarm(timerReorder)
 }
 
 // persistTimeout probes a window that is closed, or too small to be worth a
