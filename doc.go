@@ -62,9 +62,16 @@
 // # The life of a UDP flow
 //
 // The first datagram opens a connected host socket, on a goroutine that goes on
-// as its reader. Answers of any size go to the guest, in fragments above the MTU.
-// Errors of the socket become ICMP errors, and the flow lives on until it has
-// been idle for UDPIdleTimeout.
+// as its reader; those that come meanwhile are queued, up to 16. After that a
+// socket of the operating system is written to on the packet path, as it takes
+// datagrams without waiting or not at all. Any other connection is written to by
+// a goroutine that exists while datagrams wait for it, up to 64. What finds no
+// room is dropped. Answers of any size go to the guest, in fragments above the
+// MTU. Errors of the socket become ICMP errors, and the flow lives on until it
+// has been idle for UDPIdleTimeout.
+//
+// The UDP connections of [Stack.DialContext] are flows of the same table, with
+// the program in place of a host socket. They do not expire.
 //
 // # Ownership
 //
@@ -103,6 +110,7 @@
 // # Not supported
 //
 // Reassembly of fragments from the guest, router advertisements, ICMP errors from
-// the guest, path MTU discovery, ECN (its bits never break a handshake), and
-// pings that leave for the host. Urgent data is delivered in line.
+// the guest (but those about datagrams of DialContext), path MTU discovery, ECN
+// (its bits never break a handshake), and pings that leave for the host. Urgent
+// data is delivered in line.
 package slirp

@@ -128,6 +128,9 @@ const learnEvery = time.Second
 func (s *Stack) learn(key guestKey, l *link) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.closed.Load() {
+		return
+	}
 	if _, ok := s.guests[key]; !ok && len(s.guests) >= maxGuests {
 		for old := range s.guests {
 			delete(s.guests, old)

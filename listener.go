@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -310,13 +311,21 @@ func (l *Listener) Close() error {
 // Addr returns the address that the listener serves, a *net.TCPAddr.
 func (l *Listener) Addr() net.Addr { return &l.addr }
 
-// DialContext opens a connection from the stack to a guest of namespace 0: a
-// [*VirtualConn]. Network is "tcp", "tcp4" or "tcp6", address the IP and port of
-// the guest. Frames go to where the guest last spoke, or to the longest route of
-// [Stack.AddRoute]; without either the error is [ErrNoRoute]. The source is the
-// stack's own address ([Config.Addresses]) of the family. A guest that does not
-// answer is given up after 255 s, or when ctx ends.
+// DialContext opens a connection from the stack to a guest of namespace 0.
+// Network is "tcp", "tcp4", "tcp6", "udp", "udp4" or "udp6", address the IP and
+// port of the guest. Frames go to where the guest last spoke, or to the longest
+// route of [Stack.AddRoute]; without either the error is [ErrNoRoute]. The source
+// is the stack's own address ([Config.Addresses]) of the family.
+//
+// With TCP the connection is a [*VirtualConn]. A guest that does not answer is
+// given up after 255 s, or when ctx ends. With UDP it behaves as a connected
+// [*net.UDPConn]: a Read and a Write is a datagram, those that wait to be read are
+// bounded to 256 and 256 KiB, and an ICMP error of the guest is returned by the
+// next call. It does not expire.
 func (s *Stack) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	if strings.HasPrefix(network, "udp") {
+		return s.dialUDP(ctx, network, address)
+	}
 	c, err := s.dialTCP(ctx, network, address)
 	if err != nil {
 		return nil, err
@@ -325,39 +334,56 @@ func (s *Stack) DialContext(ctx context.Context, network, address string) (net.C
 }
 
 func (s *Stack) dialTCP(ctx context.Context, network, address string) (*VirtualConn, error) {
-	fail := func(to net.Addr, err error) (*VirtualConn, error) {
-		return nil, &net.OpError{Op: "dial", Net: network, Addr: to, Err: err}
+	key, l, err := s.dialTarget(ctx, network, address)
+	key.proto = protoTCP
+	var c *tcpConn
+	if err == nil {
+		now := time.Now()
+		c = s.newTCPConn(&key, &l, now)
+		err = s.insertActive(c, now)
 	}
-	versions, err := networkVersions(network)
+	if err == nil {
+		err = c.waitConnected(ctx)
+	}
+	if err == nil {
+		return newVirtualConn(c), nil
+	}
+	fail := &net.OpError{Op: "dial", Net: network, Err: err}
+	if to := key.guestEnd(); to.Port() != 0 {
+		fail.Addr = net.TCPAddrFromAddrPort(to)
+	}
+	return nil, fail
+}
+
+// dialTarget reads the address of a guest of namespace 0. It returns the key of
+// the flow that DialContext opens, all but its protocol and the stack's own port,
+// and where its frames go.
+func (s *Stack) dialTarget(ctx context.Context, network, address string) (key flowKey, l link, err error) {
+	versions, err := networkVersions(strings.Replace(network, "udp", "tcp", 1))
 	if err != nil {
-		return fail(nil, net.UnknownNetworkError(network))
+		return key, l, net.UnknownNetworkError(network)
 	}
 	addr, port, err := splitAddress(address, versions)
-	if err == nil && (!addr.IsValid() || addr.IsUnspecified() || port == 0) {
-		err = &net.AddrError{Err: "no guest named", Addr: address}
-	}
 	if err != nil {
-		return fail(nil, err)
+		return key, l, err
 	}
-	to := net.TCPAddrFromAddrPort(netip.AddrPortFrom(addr, port))
+	if !addr.IsValid() || addr.IsUnspecified() || port == 0 {
+		return key, l, &net.AddrError{Err: "no guest named", Addr: address}
+	}
+	key.guest, key.guestPort, key.version = ipAddrFrom(addr), port, versionOf(addr)
 	if err := ctx.Err(); err != nil {
-		return fail(to, err)
+		return key, l, err
 	}
 	l, ok := s.linkTo(0, addr)
-	own, haveOwn := s.cfg.address(versionOf(addr))
-	if !ok || !haveOwn {
-		return fail(to, ErrNoRoute)
+	own, haveOwn := s.cfg.address(key.version)
+	key.host = own
+	switch {
+	case s.closed.Load():
+		err = ErrStackClosed
+	case !ok || !haveOwn:
+		err = ErrNoRoute
 	}
-	now := time.Now()
-	key := flowKey{guest: ipAddrFrom(addr), host: own, guestPort: port, proto: protoTCP, version: versionOf(addr)}
-	c := s.newTCPConn(&key, &l, now)
-	if err := s.insertActive(c, now); err != nil {
-		return fail(to, err)
-	}
-	if err := c.waitConnected(ctx); err != nil {
-		return fail(to, err)
-	}
-	return newVirtualConn(c), nil
+	return key, l, err
 }
 
 // insertActive enters c in the table under a free port of the stack's, which is

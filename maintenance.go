@@ -87,9 +87,12 @@ func (s *Stack) beginDial(ns uintptr) bool {
 // endDial is the end of beginDial.
 func (s *Stack) endDial(ns uintptr) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed.Load() {
+		return // with the accounts
+	}
 	s.account(ns).dials--
 	s.release(ns)
-	s.mu.Unlock()
 }
 
 // Close resets every flow, closes every listener and host socket, wakes every
@@ -166,6 +169,7 @@ const (
 	dropTooManyFlows
 	dropPolicy
 	dropUDPQueue
+	dropUDPTooBig
 	dropWriter
 	dropICMPType
 	dropNeighbor
@@ -204,6 +208,7 @@ type Stats struct {
 	DropTooManyFlows uint64 // a SYN or datagram beyond MaxTCPFlows or MaxUDPFlows
 	DropPolicy       uint64 // Allow or Dial returned ErrDrop
 	DropUDPQueue     uint64 // a datagram that found no room in a queue
+	DropUDPTooBig    uint64 // a datagram that is too long for the host's network, or for an IP packet
 	DropWriter       uint64 // a frame for which the Writer returned an error
 	DropICMPType     uint64 // an ICMP message that is not for the stack
 	DropNeighbor     uint64 // a neighbour solicitation that is not valid or not for the stack
@@ -232,9 +237,9 @@ func (s *Stack) Stats() Stats {
 		DropProtocol: n(dropProtocol), DropTruncated: n(dropTruncated), DropAddress: n(dropAddress),
 		DropPort: n(dropPort), DropFlags: n(dropFlags), DropNoAcceptSlot: n(dropNoAcceptSlot),
 		DropPendingDials: n(dropPendingDials), DropTooManyFlows: n(dropTooManyFlows), DropPolicy: n(dropPolicy),
-		DropUDPQueue: n(dropUDPQueue), DropWriter: n(dropWriter), DropICMPType: n(dropICMPType),
-		DropNeighbor: n(dropNeighbor),
-		ICMPErrors:   n(icmpErrors), ICMPSuppressed: n(icmpSuppressed), ICMPRateLimited: n(icmpRateLimited),
+		DropUDPQueue: n(dropUDPQueue), DropUDPTooBig: n(dropUDPTooBig), DropWriter: n(dropWriter),
+		DropICMPType: n(dropICMPType), DropNeighbor: n(dropNeighbor),
+		ICMPErrors: n(icmpErrors), ICMPSuppressed: n(icmpSuppressed), ICMPRateLimited: n(icmpRateLimited),
 		EchoReplies: n(echoReplies), NeighborReplies: n(neighborReplies),
 		StrayResets: n(strayResets), StrayRateLimited: n(strayRateLimited),
 		FlowsAccepted: n(flowsAccepted), FlowsDialed: n(flowsDialed), FlowsRefused: n(flowsRefused),

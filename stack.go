@@ -95,8 +95,8 @@ type Config struct {
 	// negative: no limit.
 	MaxUDPFlows int
 
-	// MaxPendingDials bounds the TCP flows of one namespace whose host
-	// connection is not made yet. A SYN beyond it is dropped; the guest sends
+	// MaxPendingDials bounds the flows of one namespace whose host connection
+	// is not made yet. A SYN or datagram beyond it is dropped; the guest sends
 	// it again. Default 256; negative: no limit.
 	MaxPendingDials int
 
@@ -271,6 +271,9 @@ func (s *Stack) HandlePacket(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte
 	case p.proto == icmpProto(p.version):
 		if p.src.isUnicast() {
 			s.learn(guestKey{namespace, p.src, uintptr(p.version)}, &l)
+		}
+		if s.reportToDialer(namespace, &p) {
+			return nil
 		}
 		return s.handleICMP(&p, &l)
 	default:

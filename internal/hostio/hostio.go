@@ -1,6 +1,6 @@
 // Package hostio is what the relay needs of host sockets beyond net.Conn: reads
-// that take memory only when there is something to read, and what an error of
-// the operating system means.
+// that take memory only when there is something to read, datagrams that are sent
+// without waiting, and what an error of the operating system means.
 package hostio
 
 import (
@@ -19,6 +19,8 @@ const (
 	NetUnreachable
 	Prohibited
 	TimedOut
+	TooLong // a datagram that is longer than the network or the socket takes
+	Full    // there is no room now: a datagram is lost
 )
 
 // KindOf returns the kind of an error of a dial or a socket.
@@ -36,6 +38,7 @@ func KindOf(err error) Kind {
 }
 
 // Reader reads from a connection into memory that is lent to it for each read.
+// From a *net.UDPConn each read is one datagram, which may be empty.
 type Reader struct {
 	conn   net.Conn
 	lend   func() []byte
@@ -64,3 +67,20 @@ func (r *Reader) Read() (n int, err error) {
 	}
 	return r.conn.Read(p)
 }
+
+// Sender sends datagrams through a socket without ever waiting for room.
+type Sender struct{ raw rawSender }
+
+// NewSender returns a Sender for conn, or nil if conn is not a socket of the
+// operating system that can be written to in this way.
+func NewSender(conn net.Conn) *Sender {
+	s := new(Sender)
+	if !s.raw.init(conn) {
+		return nil
+	}
+	return s
+}
+
+// Send sends p as one datagram, which may be empty. It may be called concurrently.
+// The error is of the kind [Full] if there is no room for it now.
+func (s *Sender) Send(p []byte) error { return s.raw.send(p) }

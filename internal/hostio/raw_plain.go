@@ -2,9 +2,17 @@
 
 package hostio
 
+import "net"
+
 // rawReader is not to be had here: reads go through net.Conn.
 type rawReader struct{}
 
 func (r *rawReader) init(*Reader)       {}
 func (r *rawReader) ok() bool           { return false }
 func (r *rawReader) read() (int, error) { panic("unreachable") }
+
+// rawSender is not to be had either.
+type rawSender struct{}
+
+func (s *rawSender) init(net.Conn) bool  { return false }
+func (s *rawSender) send(p []byte) error { panic("unreachable") }
