@@ -610,7 +610,7 @@ func (c *VirtualConn) Close() error {
 	case c.linger == 0:
 		f.tcb.Abort()
 	case c.linger > 0:
-		time.AfterFunc(time.Duration(c.linger)*time.Second, f.giveUp)
+		time.AfterFunc(time.Duration(c.linger)*time.Second, f.endLinger)
 		fallthrough
 	default:
 		f.tcb.Close(now)
@@ -621,15 +621,14 @@ func (c *VirtualConn) Close() error {
 	return nil
 }
 
-// giveUp resets a closed connection that has not delivered everything in time.
-func (c *tcpConn) giveUp() {
+// endLinger resets a closed connection that has not delivered everything in time.
+func (c *tcpConn) endLinger() {
 	c.mu.Lock()
-	if c.gone || !c.tcb.Unsent() {
-		c.mu.Unlock()
-		return
+	unsent := c.tcb.Unsent()
+	c.mu.Unlock()
+	if unsent {
+		c.giveUp()
 	}
-	c.tcb.Abort()
-	c.flush(time.Now())
 }
 
 // CloseRead ends reading: Read returns [io.EOF], and what the guest sends is

@@ -122,7 +122,7 @@ func (s *Stack) Close() error {
 		f.end()
 	}
 	for _, c := range draining {
-		c.resetHost()
+		s.goroutines.Go(c.resetHost)
 	}
 	s.goroutines.Wait()
 	return nil
@@ -140,7 +140,7 @@ func (s *Stack) drain(c *tcpConn) {
 	if !pumping {
 		s.drained(c)
 	} else if s.closed.Load() {
-		c.resetHost()
+		s.goroutines.Go(c.resetHost)
 	}
 }
 

@@ -54,7 +54,7 @@ func (s *Stack) handleNoFlow(now time.Time, key *flowKey, seg *tcp.Segment, p *i
 		if done, err := s.openListener(now, key, seg, l, old); done {
 			return err
 		}
-		return s.openHost(now, key, seg, p, l)
+		return s.openHost(now, key, seg, p, l, old)
 	case tcp.SYN | tcp.FIN, tcp.SYN | tcp.FIN | tcp.ACK:
 		s.count(dropFlags)
 		return nil
@@ -132,6 +132,7 @@ const maintenanceInterval = 5 * time.Second
 type opening struct {
 	syn    tcp.Segment // without payload: the guest sends it again
 	packet []byte      // the front of the guest's packet, for ICMP errors to quote
+	old    *tcpConn    // the connection that it makes way for, if any
 	cancel context.CancelFunc
 }
 
@@ -144,10 +145,10 @@ func quoteOf(p *ipPacket) []byte {
 
 // openHost begins a NAT flow: the host is dialed on a goroutine of its own, and
 // the SYN is answered when that has ended.
-func (s *Stack) openHost(now time.Time, key *flowKey, seg *tcp.Segment, p *ipPacket, l *link) error {
+func (s *Stack) openHost(now time.Time, key *flowKey, seg *tcp.Segment, p *ipPacket, l *link, old *tcpConn) error {
 	c := s.newTCPConn(key, l, now)
 	ctx, cancel := s.context(key.flow())
-	c.opening = &opening{syn: *seg, packet: quoteOf(p), cancel: cancel}
+	c.opening = &opening{syn: *seg, packet: quoteOf(p), old: old, cancel: cancel}
 	c.opening.syn.Payload = nil
 
 	s.mu.Lock()
@@ -211,6 +212,13 @@ func (c *tcpConn) run(ctx context.Context) {
 	defer s.goroutines.Done()
 	host, err := s.connect(ctx, c.key.flow())
 	s.endDial(c.key.ns)
+	if err != nil {
+		s.log("flow refused", &c.key, "error", err)
+	} else {
+		s.log("flow opened", &c.key)
+	}
+	now := time.Now()
+	cfg := s.tcbConfig(&c.key, now, c.opening.old)
 
 	c.mu.Lock()
 	o := c.opening
@@ -223,14 +231,11 @@ func (c *tcpConn) run(ctx context.Context) {
 		}
 		return
 	case err != nil:
-		s.log("flow refused", &c.key, "error", err)
 		c.refuse(answerTo(err))
 		return
 	}
-	s.log("flow opened", &c.key)
-	now := time.Now()
 	c.opening, c.host = nil, host
-	c.tcb = tcp.NewPassive(s.tcbConfig(&c.key, now, nil), now, &o.syn)
+	c.tcb = tcp.NewPassive(cfg, now, &o.syn)
 	c.flush(now)
 	c.readHost()
 }
@@ -382,15 +387,18 @@ func (c *tcpConn) waitWritable() bool {
 func (c *tcpConn) hostEnded(err error) {
 	c.readDone = true
 	now := time.Now()
-	if err == io.EOF && !c.writeErr {
+	if (err == io.EOF || c.closedWhole) && !c.writeErr {
 		c.tcb.CloseWrite()
 	} else {
 		c.flush(now) // what was read goes first, as far as the window allows
 		c.mu.Lock()
 		c.tcb.Abort()
 	}
-	c.closeHostIfDone()
+	done := c.writeDone
 	c.flush(now)
+	if done {
+		c.host.Close()
+	}
 }
 
 // Guest to host.
@@ -434,35 +442,28 @@ func (c *tcpConn) nextForHost() []byte {
 	}
 	c.tcb.Discard(0)
 	c.pumping = false
-	if c.tcb.EOF() && !c.writeDone {
-		c.shutHost()
+	end := c.tcb.EOF() && !c.writeDone
+	half, canHalf := c.host.(interface{ CloseWrite() error })
+	if end {
+		c.writeDone = true
+		c.closedWhole = !canHalf
 	}
-	gone := c.gone
+	readDone, gone := c.readDone, c.gone
 	c.mu.Unlock()
+	switch {
+	case end && canHalf && !readDone:
+		half.CloseWrite()
+	case end:
+		c.host.Close()
+	}
 	if gone {
 		c.stack.drained(c)
 	}
 	return nil
 }
 
-// shutHost tells the host that the guest has said everything. A connection that
-// cannot be closed by halves is closed. It is called with c.mu held.
-func (c *tcpConn) shutHost() {
-	c.writeDone = true
-	if h, ok := c.host.(interface{ CloseWrite() error }); ok && !c.readDone {
-		h.CloseWrite()
-		return
-	}
-	c.host.Close()
-}
-
-// closeHostIfDone closes the host connection when both directions have ended. It
-// is called with c.mu held.
-func (c *tcpConn) closeHostIfDone() {
-	if c.readDone && c.writeDone {
-		c.host.Close()
-	}
-}
+// failGrace is how long a host that takes no more bytes may go on to send some.
+const failGrace = time.Second
 
 // hostFailed is what becomes of a flow whose host takes no more bytes: the guest
 // is reset, so that it does not believe them delivered, but gets what the host
@@ -471,21 +472,17 @@ func (c *tcpConn) hostFailed() {
 	c.writeErr, c.writeDone = true, true
 	if c.readDone {
 		c.tcb.Abort()
-	} else {
-		c.tcb.CloseRead()
-	}
-}
-
-// resetHost resets the host connection, as the guest's side was.
-func (c *tcpConn) resetHost() {
-	c.mu.Lock()
-	host := c.host
-	c.mu.Unlock()
-	if host == nil {
 		return
 	}
-	if h, ok := host.(interface{ SetLinger(int) error }); ok {
+	c.tcb.CloseRead()
+	time.AfterFunc(failGrace, c.giveUp)
+}
+
+// resetHost resets the host connection, as the guest's side was. It is called
+// without a lock, and not on the packet path: what Dial has returned may block.
+func (c *tcpConn) resetHost() {
+	if h, ok := c.host.(interface{ SetLinger(int) error }); ok {
 		h.SetLinger(0)
 	}
-	host.Close()
+	c.host.Close()
 }

@@ -35,11 +35,12 @@ type tcpConn struct {
 	readable, writable sync.Cond // on mu
 
 	// The relay of a NAT flow.
-	host      net.Conn
-	pumping   bool // a goroutine writes to host
-	readDone  bool // host has nothing more to say
-	writeDone bool // host was told that the guest has nothing more to say
-	writeErr  bool // host takes no more bytes
+	host        net.Conn // set once, with tcb
+	pumping     bool     // a goroutine writes to host
+	readDone    bool     // host has nothing more to say
+	writeDone   bool     // nothing more is written to host
+	writeErr    bool     // host takes no more bytes
+	closedWhole bool     // host, which has no CloseWrite, was closed for want of it
 }
 
 // newTCPConn returns a flow that is not in the table yet.
@@ -87,7 +88,6 @@ func (c *tcpConn) flush(now time.Time) error {
 	c.wake(ev)
 	unread := c.tcb.Buffered() > 0
 	err := c.emit(now)
-	c.setTimer(now)
 	reason := c.tcb.Reason()
 	drain := c.gone && c.pumping
 	c.mu.Unlock()
@@ -99,10 +99,11 @@ func (c *tcpConn) flush(now time.Time) error {
 }
 
 // emit hands the frames that are due to the Writer, in order and one at a time:
-// if another goroutine is at it, that one goes on. It is called with c.mu held,
-// which it releases for each call of the Writer.
+// if another goroutine is at it, that one goes on. Then it sets the timer. It is
+// called with c.mu held, which it releases for each call of the Writer.
 func (c *tcpConn) emit(now time.Time) (first error) {
 	if c.emitting {
+		c.setTimer(now)
 		return nil
 	}
 	c.emitting = true
@@ -130,6 +131,7 @@ func (c *tcpConn) emit(now time.Time) (first error) {
 	}
 	s.putSlab(b)
 	c.emitting = false
+	c.setTimer(now)
 	return first
 }
 
@@ -153,12 +155,24 @@ func (c *tcpConn) setTimer(now time.Time) {
 	}
 }
 
-func (c *tcpConn) onTimer() {
+// enter locks a flow for a goroutine of the Stack's own, which Close then waits
+// for: it calls s.goroutines.Done in the end. It reports false, and does neither,
+// if the flow is gone.
+func (c *tcpConn) enter() bool {
 	c.mu.Lock()
 	if c.gone {
 		c.mu.Unlock()
+		return false
+	}
+	c.stack.goroutines.Add(1)
+	return true
+}
+
+func (c *tcpConn) onTimer() {
+	if !c.enter() {
 		return
 	}
+	defer c.stack.goroutines.Done()
 	c.timerAt = time.Time{}
 	now := time.Now()
 	c.tcb.Advance(now)
@@ -169,6 +183,9 @@ func (c *tcpConn) onTimer() {
 func (c *tcpConn) wake(ev tcp.Events) {
 	if ev&tcp.EventClosed != 0 {
 		c.gone = true
+		if c.host != nil && c.tcb.Reason() != tcp.None {
+			c.stack.goroutines.Go(c.resetHost)
+		}
 	}
 	if ev&tcp.EventReadable != 0 {
 		c.readable.Broadcast()
@@ -194,9 +211,6 @@ func (c *tcpConn) react(ev tcp.Events, reason tcp.Reason, unread bool) {
 		s.removeLocked(&c.key, c)
 		s.mu.Unlock()
 		s.log("flow closed", &c.key, "reason", reason)
-		if reason != tcp.None {
-			c.resetHost()
-		}
 	}
 }
 
@@ -213,6 +227,16 @@ func (c *tcpConn) forget() {
 	if drain {
 		c.stack.drain(c)
 	}
+}
+
+// giveUp resets both sides of a flow that has not ended in time.
+func (c *tcpConn) giveUp() {
+	if !c.enter() {
+		return
+	}
+	defer c.stack.goroutines.Done()
+	c.tcb.Abort()
+	c.flush(time.Now())
 }
 
 // end resets both sides of the flow.
