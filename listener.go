@@ -504,7 +504,7 @@ func (c *VirtualConn) Read(b []byte) (int, error) {
 	f := c.flow
 	f.mu.Lock()
 	for {
-		if err := c.readError(); err != nil {
+		if err := c.readError(); err != nil && (len(b) > 0 || c.closed) {
 			f.mu.Unlock()
 			return 0, c.opError("read", err)
 		}

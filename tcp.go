@@ -99,9 +99,7 @@ func (s *Stack) tcbConfig(key *flowKey, now time.Time, old *tcpConn) tcp.Config 
 	h := sha256.Sum256(b)
 	iss := binary.BigEndian.Uint32(h[:]) + uint32(now.Sub(s.epoch)/(4*time.Microsecond))
 	if old != nil {
-		if floor := old.nextISS(); int32(iss-floor) < 0 {
-			iss = floor
-		}
+		iss = old.above(iss)
 	}
 	cfg := tcp.Config{
 		LocalPort: key.hostPort, RemotePort: key.guestPort,
@@ -115,14 +113,18 @@ func (s *Stack) tcbConfig(key *flowKey, now time.Time, old *tcpConn) tcp.Config 
 	return cfg
 }
 
-// nextISS returns a sequence number that the connection is far from using.
-func (c *tcpConn) nextISS() uint32 {
+// above returns iss, or a sequence number that the connection is far from using
+// if that is higher.
+func (c *tcpConn) above(iss uint32) uint32 {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.tcb == nil {
-		return 0
+		return iss
 	}
-	return c.tcb.SendNext() + 1<<20
+	if floor := c.tcb.SendNext() + 1<<20; int32(iss-floor) < 0 {
+		return floor
+	}
+	return iss
 }
 
 // maintenanceInterval is the time between the probes of a silent guest.

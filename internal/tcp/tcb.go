@@ -368,21 +368,18 @@ func (t *TCB) Close(now time.Time) {
 }
 
 // Abort resets the connection (RFC 9293 section 3.10.5): the next Output is the
-// reset, the last.
-func (t *TCB) Abort() {
+// reset, the last. What has arrived and was not read is lost.
+func (t *TCB) Abort() { t.fail(Aborted) }
+
+// fail gives the connection up, and tells the peer, should it hear.
+func (t *TCB) fail(r Reason) {
 	switch t.state {
 	case Closed, SynSent, TimeWait:
 	default:
 		t.rstDue, t.rstAck = true, true
 		t.rst = t.snd.seq.wrap(t.snd.nxt)
 	}
-	t.close(Aborted)
-}
-
-// fail gives the connection up, and tells the peer, should it hear.
-func (t *TCB) fail(r Reason) {
-	t.Abort()
-	t.reason = r
+	t.close(r)
 }
 
 // close ends the connection and forgets its data, but for the bytes that have
