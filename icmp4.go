@@ -5,7 +5,9 @@ package slirp
 // section 3.2.2.6 (echo). What only IPv6 has is in icmp6.go.
 
 import (
+	"encoding/binary"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -224,4 +226,50 @@ func (b *tokenBucket) take(now time.Time) bool {
 			return true
 		}
 	}
+}
+
+// reportToDialer takes an ICMP error of the namespace that is about a packet of
+// DialContext, and gives it to the connection. It reports false for any other
+// message.
+func (s *Stack) reportToDialer(ns uintptr, p *ipPacket) bool {
+	var q ipPacket
+	kind, ok := unreachableOf(p)
+	if !ok || parseQuoted(p.payload[icmpHeaderLen:], &q) != nil || q.malformed ||
+		q.fragOffset != 0 || len(q.payload) < 8 || !checksumOK(p, p.payload) {
+		return false
+	}
+	be := binary.BigEndian
+	switch f := s.lookup(&flowKey{
+		ns: ns, guest: q.dst, host: q.src, proto: uint16(q.proto), version: q.version,
+		guestPort: be.Uint16(q.payload[2:]), hostPort: be.Uint16(q.payload),
+	}).(type) {
+	case *udpFlow:
+		return f.icmpError(kind)
+	case *tcpConn:
+		return f.icmpError(kind, be.Uint32(q.payload[4:]))
+	}
+	return false
+}
+
+// unreachableOf returns what an ICMP message says to be unreachable.
+func unreachableOf(p *ipPacket) (unreachable, bool) {
+	if len(p.payload) < icmpHeaderLen {
+		return 0, false
+	}
+	for _, kind := range []unreachable{unreachablePort, unreachableHost, unreachableNet, unreachableProhibited} {
+		if typ, code := kind.message(p.version); p.payload[0] == typ && p.payload[1] == code {
+			return kind, true
+		}
+	}
+	return 0, false
+}
+
+// errno returns the error of a socket to which the like happens.
+func (u unreachable) errno() syscall.Errno {
+	return [...]syscall.Errno{
+		unreachablePort:       syscall.ECONNREFUSED,
+		unreachableHost:       syscall.EHOSTUNREACH,
+		unreachableNet:        syscall.ENETUNREACH,
+		unreachableProhibited: syscall.EACCES,
+	}[u]
 }

@@ -420,6 +420,9 @@ func (c *tcpConn) waitConnected(ctx context.Context) error {
 		switch state := c.tcb.State(); {
 		case state == tcp.Closed && c.tcb.Reason() != tcp.None:
 			err := reasonError("connect", c.tcb.Reason())
+			if c.icmp != 0 {
+				err = os.NewSyscallError("connect", c.icmp)
+			}
 			c.mu.Unlock()
 			return err
 		case state != tcp.SynSent && state != tcp.SynReceived:
@@ -433,6 +436,20 @@ func (c *tcpConn) waitConnected(ctx context.Context) error {
 		}
 		c.writable.Wait()
 	}
+}
+
+// icmpError takes what an ICMP error says of the segment that began at seq. Only
+// one about a SYN that has no answer yet counts: it ends the dial (RFC 5461
+// section 4.1, RFC 5927 section 6.1). It reports false for any other.
+func (c *tcpConn) icmpError(kind unreachable, seq uint32) bool {
+	c.mu.Lock()
+	if c.tcb == nil || !c.tcb.Refuse(seq) {
+		c.mu.Unlock()
+		return false
+	}
+	c.icmp = kind.errno()
+	c.flush(time.Now())
+	return true
 }
 
 // reasonError returns the error of an operation on a connection that has ended.

@@ -1004,3 +1004,30 @@ func isOpError(t *testing.T, op string, err error) bool {
 	}
 	return true
 }
+
+func TestDialUnreachable(t *testing.T) {
+	for _, fam := range []string{"10.0.2.99:80", "[fd00::99]:80"} {
+		for want, err := range map[syscall.Errno]error{
+			syscall.EHOSTUNREACH: syscall.EHOSTUNREACH,
+			syscall.ENETUNREACH:  syscall.ENETUNREACH,
+			syscall.EACCES:       slirp.ErrProhibited,
+		} {
+			nat, _ := slirp.NewWithConfig(slirp.Config{Allow: func(context.Context, slirp.Flow) error { return err }})
+			guest, _ := slirp.NewWithConfig(slirp.Config{Addresses: []netip.Addr{
+				netip.MustParseAddr("10.0.2.15"), netip.MustParseAddr("fd00::15")}})
+			var toNAT, toGuest slirp.Writer
+			toNAT = func(f []byte) error { return nat.HandlePacket(0, [6]byte{1}, [6]byte{2}, f[14:], toGuest) }
+			toGuest = func(f []byte) error { return guest.HandlePacket(0, [6]byte{2}, [6]byte{1}, f[14:], toNAT) }
+			for _, p := range []string{"0.0.0.0/0", "::/0"} {
+				guest.AddRoute(0, netip.MustParsePrefix(p), [6]byte{2}, [6]byte{1}, toNAT)
+			}
+			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+			if _, got := guest.DialContext(ctx, "tcp", fam); !errors.Is(got, want) {
+				t.Errorf("%s, %v: dial says %v", fam, err, got)
+			}
+			cancel()
+			guest.Close()
+			nat.Close()
+		}
+	}
+}

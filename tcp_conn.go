@@ -4,6 +4,7 @@ import (
 	"container/list"
 	"net"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/KarpelesLab/slirp/internal/tcp"
@@ -33,6 +34,8 @@ type tcpConn struct {
 	timerAt  time.Time // when timer fires; zero: it does not
 
 	readable, writable sync.Cond // on mu
+
+	icmp syscall.Errno // what an ICMP error said that ended DialContext; 0: nothing
 
 	// The relay of a NAT flow.
 	host        net.Conn // set once, with tcb

@@ -636,21 +636,10 @@ func (s *Stack) insertDialedUDP(f *udpFlow) error {
 	return ErrAddressInUse
 }
 
-// reportToDialer takes an ICMP error of the namespace that is about a datagram of
-// DialContext, and gives it to the connection. It reports false for any other
-// message.
-func (s *Stack) reportToDialer(ns uintptr, p *ipPacket) bool {
-	var q ipPacket
-	kind, ok := unreachableOf(p)
-	if !ok || parseQuoted(p.payload[icmpHeaderLen:], &q) != nil || q.malformed ||
-		q.proto != protoUDP || q.fragOffset != 0 || len(q.payload) < udpHeaderLen || !checksumOK(p, p.payload) {
-		return false
-	}
-	f, ok := s.lookup(&flowKey{
-		ns: ns, guest: q.dst, host: q.src, proto: protoUDP, version: q.version,
-		guestPort: binary.BigEndian.Uint16(q.payload[2:]), hostPort: binary.BigEndian.Uint16(q.payload),
-	}).(*udpFlow)
-	if !ok || f.conn == nil {
+// icmpError takes what an ICMP error says of a datagram of the connection. It
+// reports false if the flow is none of DialContext.
+func (f *udpFlow) icmpError(kind unreachable) bool {
+	if f.conn == nil {
 		return false
 	}
 	f.mu.Lock()
@@ -658,29 +647,6 @@ func (s *Stack) reportToDialer(ns uintptr, p *ipPacket) bool {
 	f.conn.readable.Broadcast()
 	f.mu.Unlock()
 	return true
-}
-
-// unreachableOf returns what an ICMP message says to be unreachable.
-func unreachableOf(p *ipPacket) (unreachable, bool) {
-	if len(p.payload) < icmpHeaderLen {
-		return 0, false
-	}
-	for _, kind := range []unreachable{unreachablePort, unreachableHost, unreachableNet, unreachableProhibited} {
-		if typ, code := kind.message(p.version); p.payload[0] == typ && p.payload[1] == code {
-			return kind, true
-		}
-	}
-	return 0, false
-}
-
-// errno returns the error of a socket to which the like happens.
-func (u unreachable) errno() syscall.Errno {
-	return [...]syscall.Errno{
-		unreachablePort:       syscall.ECONNREFUSED,
-		unreachableHost:       syscall.EHOSTUNREACH,
-		unreachableNet:        syscall.ENETUNREACH,
-		unreachableProhibited: syscall.EACCES,
-	}[u]
 }
 
 // datagramConn is the program's end of a UDP flow with a guest. It is a [net.Conn]

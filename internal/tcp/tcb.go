@@ -367,6 +367,17 @@ func (t *TCB) Close(now time.Time) {
 	}
 }
 
+// Refuse ends a connection whose SYN has no answer yet, if seq is the sequence
+// number of that SYN, and reports whether it did: the network has said that the
+// peer is out of reach.
+func (t *TCB) Refuse(seq uint32) bool {
+	if t.state != SynSent || seq != t.snd.seq.wrap(0) {
+		return false
+	}
+	t.close(Refused)
+	return true
+}
+
 // Abort resets the connection (RFC 9293 section 3.10.5): the next Output is the
 // reset, the last. What has arrived and was not read is lost.
 func (t *TCB) Abort() { t.fail(Aborted) }
