@@ -173,10 +173,10 @@ func (l *lossState) sentAgain(s span, nxt int64) {
 // time). Where the network reorders it must have been sent much later. It
 // reports whether there are any.
 func (l *lossState) findLostAgain(una, mss int64) bool {
-	if len(l.resent) == 0 || len(l.sacked) == 0 {
-		return false
+	arrived := una
+	if n := len(l.sacked); n > 0 {
+		arrived = l.sacked[n-1].end
 	}
-	arrived := l.sacked[len(l.sacked)-1].end
 	if l.reordered {
 		arrived -= (dupThresh - 1) * mss
 	}

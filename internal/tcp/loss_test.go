@@ -1,0 +1,485 @@
+package tcp
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+)
+
+// flight is a connection with ten segments on their way and ten more queued.
+func flight(t *testing.T, options string) *harness {
+	t.Helper()
+	h := thousand(t, options)
+	h.write(20_000)
+	h.wantSegments(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+	return h
+}
+
+// T105: fast retransmit on the third duplicate ACK. T107: limited transmit on
+// the two before.
+func TestT105FastRetransmit(t *testing.T) {
+	for _, sack := range []bool{false, true} {
+		options := ""
+		if sack {
+			options = ",sackOK"
+		}
+		h := flight(t, options)
+		dup := func(n int64) {
+			if sack {
+				h.ack(0, fmt.Sprintf("1001:%d", n*1000+1))
+			} else {
+				h.ack(0)
+			}
+		}
+		dup(2)
+		h.wantSegments(11)
+		dup(3)
+		h.wantSegments(12)
+		if h.reno.cwnd != 10_000 {
+			t.Errorf("cwnd %d", h.reno.cwnd)
+		}
+		dup(4)
+		h.wantSegments(1)
+		h.wantCwnd(5, 5) // of the ten, not of the two that limited transmit added
+		for n := int64(5); n <= 8; n++ {
+			dup(n)
+		}
+		h.expect() // seven of twelve have left, pipe is cwnd
+		dup(9)
+		h.wantSegments(13)
+		dup(10)
+		dup(11)
+		dup(12)
+		if got := len(h.data()); got < 1 || got > 4 {
+			t.Errorf("%d segments of new data", got)
+		}
+		nxt := h.snd.nxt
+		h.in(fmt.Sprintf(". 1 ack %d", h.loss.recover)) // T109
+		if h.loss.phase != phaseOpen || h.reno.cwnd > 5000 {
+			t.Errorf("phase %d, cwnd %d", h.loss.phase, h.reno.cwnd)
+		}
+		if h.snd.nxt-nxt > 4000 {
+			t.Errorf("a burst of %d", h.snd.nxt-nxt)
+		}
+	}
+	// Only four segments.
+	h := thousand(t, "")
+	h.write(4000)
+	h.drain()
+	h.ack(0)
+	h.ack(0)
+	h.expect()
+	h.ack(0)
+	h.wantSegments(1)
+	h.wantCwnd(2, 2)
+}
+
+// T106: what is no duplicate ACK.
+func TestT106Duplicates(t *testing.T) {
+	h := flight(t, "")
+	for i := range int64(6) {
+		h.in(fmt.Sprintf(". %d:%d ack 1", i*10+1, i*10+11)) // data
+	}
+	for i := range 6 {
+		h.in(fmt.Sprintf(". 61 ack 1 win %d", 60000+i)) // another window
+	}
+	for range 6 {
+		h.in(". 1 ack 0")
+	}
+	h.drain()
+	if h.loss.dupAcks != 0 || h.snd.nxt != 10_001 {
+		t.Errorf("%d duplicates, next %d", h.loss.dupAcks, h.snd.nxt)
+	}
+	h = thousand(t, "")
+	for range 6 {
+		h.ack(0) // nothing is outstanding
+	}
+	h.write(1000)
+	h.wantSegments(1)
+	h.in("F. 1 ack 1")
+	if h.loss.dupAcks != 0 {
+		t.Errorf("%d duplicates", h.loss.dupAcks)
+	}
+	// With SACK one without news is none.
+	h = flight(t, ",sackOK")
+	for range 6 {
+		h.ack(0)
+		h.ack(0, "1001:2001")
+	}
+	if h.loss.dupAcks != 1 || h.loss.phase != phaseOpen {
+		t.Errorf("%+v", h.loss)
+	}
+}
+
+// T108: NewReno with two losses in a window.
+func TestT108PartialAck(t *testing.T) {
+	h := flight(t, "") // 1 and 5 are lost
+	for range 8 {
+		h.ack(0)
+	}
+	h.wantSegments(11, 12, 1, 13) // pipe is 12 - 8 dups, so the eighth lets one go
+	h.wantCwnd(5, 5)
+	h.ack(4)
+	if got := h.data(); got[0] != "4001:5001" {
+		t.Errorf("sent %v", got)
+	}
+	h.wantCwnd(5, 5)
+	if h.loss.phase != phaseFast {
+		t.Error("recovery has ended too early")
+	}
+	h.ack(10)
+	if h.loss.phase != phaseFast || h.data()[0] != "10001:11001" {
+		t.Error("not a partial ACK")
+	}
+	h.ack(12)
+	if h.loss.phase != phaseOpen || h.reno.ssthresh != 5000 {
+		t.Errorf("phase %d, ssthresh %d", h.loss.phase, h.reno.ssthresh)
+	}
+	// Duplicates of that recovery begin no other: RFC 6582 section 3.2 step 2.
+	if h.loss.recover != 12_001 {
+		t.Errorf("recover %d", h.loss.recover)
+	}
+}
+
+// T110: no fast retransmit for what was sent before a timeout.
+func TestT110AfterTimeout(t *testing.T) {
+	h := flight(t, "")
+	h.advance(300 * ms)
+	h.wantSegments(1)
+	for range 6 {
+		h.ack(0)
+	}
+	h.expect()
+	h.wantCwnd(1, 5)
+	h.ack(9)
+	h.drain()
+	for range 6 {
+		h.ack(9)
+	}
+	for _, r := range h.data() {
+		if r == "9001:10001" {
+			t.Error("a false fast retransmit")
+		}
+	}
+}
+
+// T111: recovery with SACK sends what is lost, in order, as pipe allows, and
+// never what the peer has.
+func TestT111Recovery(t *testing.T) {
+	h := flight(t, ",sackOK") // 1, 5 and 8 are lost
+	h.ack(0, "1001:2001")
+	h.wantSegments(11)
+	h.ack(0, "1001:3001")
+	h.wantSegments(12)
+	h.ack(0, "1001:4001")
+	h.wantSegments(1)
+	h.wantCwnd(5, 5)
+	h.ack(0, "5001:6001 1001:4001")
+	h.expect()
+	h.ack(0, "5001:7001 1001:4001")
+	h.ack(0, "8001:9001 5001:7001 1001:4001")
+	h.ack(0, "8001:10001 5001:7001 1001:4001")
+	h.wantSegments(5, 8)
+	if p := h.loss.pipe(h.snd.una, h.snd.nxt, 1000); p != 5000 {
+		t.Errorf("pipe %d", p)
+	}
+	h.ack(0, "8001:11001 5001:7001 1001:4001")
+	h.wantSegments(13)
+	h.ack(4, "8001:11001 5001:7001") // 1 has arrived
+	h.wantSegments(14)
+	h.ack(7, "8001:11001")
+	h.wantSegments(15)
+	h.ack(12)
+	h.wantCwnd(5, 5)
+	h.wantSegments(16, 17)
+	if h.loss.phase != phaseOpen {
+		t.Error("recovery goes on")
+	}
+}
+
+// T112: IsLost of RFC 6675 section 4.
+func TestT112IsLost(t *testing.T) {
+	tests := []struct {
+		sacked rangeSet
+		want   int64
+	}{
+		{nil, 1}, {rangeSet{{3001, 4001}}, 1}, {rangeSet{{3001, 5001}}, 1}, {rangeSet{{3001, 5002}}, 3001},
+		{rangeSet{{3001, 3002}, {5001, 5002}}, 1}, {rangeSet{{3001, 3002}, {5001, 5002}, {7001, 7002}}, 3001},
+		{rangeSet{{3001, 4001}, {5001, 6001}, {7001, 8001}, {9001, 10_001}}, 5001},
+		{rangeSet{{3001, 4001}, {5001, 8001}}, 5001},
+	}
+	for _, tt := range tests {
+		for _, l := range []lossState{{sack: true, sacked: tt.sacked}, {sack: true, sacked: tt.sacked, phase: phaseFast, reordered: true}} {
+			if got := l.lostEdge(1, 20_001, 1000); got != tt.want {
+				t.Errorf("%v: lost below %d, want %d", tt.sacked, got, tt.want)
+			}
+		}
+	}
+}
+
+// T112, T119, T120: one segment SACKed is no loss at once, but after a quarter
+// of the round trip.
+func TestT120Reordering(t *testing.T) {
+	h := thousand(t, ",sackOK")
+	h.write(4000)
+	h.drain()
+	h.ack(0, "3001:4001")
+	h.expect()
+	h.advance(25*ms - 1)
+	h.expect()
+	h.advance(1)
+	h.wantSegments(1, 2)
+	h.wantCwnd(2, 2)
+	// A gap that closes in time was none, and is waited for longer from then on.
+	h = thousand(t, ",sackOK")
+	h.write(4000)
+	h.drain()
+	h.ack(0, "1001:2001")
+	h.advance(24 * ms)
+	h.ack(2)
+	h.advance(50 * ms)
+	h.expect()
+	if !h.loss.reordered {
+		t.Error("the reordering was not seen")
+	}
+	h.ack(2, "3001:4001")
+	h.advance(h.reorderTime() - 1)
+	h.expect()
+	h.advance(1)
+	h.wantSegments(3)
+	// SACKed late is reordering too.
+	h = flight(t, ",sackOK")
+	h.ack(0, "3001:4001")
+	h.ack(0, "2001:4001")
+	if !h.loss.reordered {
+		t.Error("the reordering was not seen")
+	}
+	// A block that grows at its end is none.
+	h = flight(t, ",sackOK")
+	h.ack(0, "1001:2001")
+	h.ack(0, "1001:3001")
+	if h.loss.reordered {
+		t.Error("reordering was seen where there was none")
+	}
+}
+
+// A retransmission that is lost is sent again without a timeout, once something
+// that was sent later has arrived.
+func TestLostRetransmission(t *testing.T) {
+	h := flight(t, ",sackOK")
+	for n := int64(2); n <= 4; n++ {
+		h.ack(0, fmt.Sprintf("1001:%d", n*1000+1))
+	}
+	h.wantSegments(11, 12, 1)
+	h.advance(50 * ms)
+	for n := int64(5); n <= 12; n++ {
+		h.ack(0, fmt.Sprintf("1001:%d", n*1000+1))
+	}
+	h.wantSegments(13, 14, 15, 16)
+	h.wantCwnd(5, 5)
+	h.advance(50 * ms)
+	h.ack(0, "1001:13001") // 13 was sent behind the retransmission
+	h.wantCwnd(2.5, 2.5)   // two losses, two reductions
+	h.expect()             // 14, 15 and 16 are on their way
+	h.ack(0, "1001:14001")
+	h.expect()
+	h.ack(0, "1001:15001")
+	h.wantSegments(1)
+	h.wantCwnd(2.5, 2.5)
+	// It restarts the timer.
+	if d := h.TCB.Deadline().Sub(h.now); d != h.rtt.timeout() {
+		t.Errorf("timer of %v", d)
+	}
+	h.ack(15)
+	if h.loss.phase != phaseFast || len(h.loss.resent)+len(h.loss.lostAgain) != 0 {
+		t.Errorf("%+v", h.loss)
+	}
+	h.ack(16)
+	if h.loss.phase != phaseOpen {
+		t.Errorf("%+v", h.loss)
+	}
+}
+
+// Data sent during recovery that is lost is a loss of its own.
+func TestLossInRecovery(t *testing.T) {
+	h := flight(t, ",sackOK")
+	for n := int64(2); n <= 12; n++ {
+		h.ack(0, fmt.Sprintf("1001:%d", n*1000+1))
+	}
+	h.wantSegments(11, 12, 1, 13, 14, 15, 16)
+	h.wantCwnd(5, 5)
+	h.ack(0, "14001:15001 1001:12001") // 13 and 14 are lost, and 1 again
+	h.wantCwnd(2.5, 2.5)
+	h.ack(0, "14001:16001 1001:12001")
+	h.wantSegments(1, 13)
+	h.ack(12, "14001:16001")
+	h.wantCwnd(2.5, 2.5)
+	if h.loss.phase != phaseFast {
+		t.Error("recovery has ended too early")
+	}
+}
+
+// Rules 3 and 4 of NextSeg: what is not known to be lost, and the last segment.
+func TestNextSegRules(t *testing.T) {
+	l := lossState{sack: true, phase: phaseFast, reordered: true, highRxt: 1001, sacked: rangeSet{{2001, 3001}}}
+	if s := l.nextDoubtful(1, 5001, 1000); s != (span{1001, 2001}) {
+		t.Errorf("rule 3: %v", s)
+	}
+	l.highRxt = 2001
+	if s := l.nextDoubtful(1, 5001, 1000); s != (span{4001, 5001}) || !l.rescued {
+		t.Errorf("rule 4: %v", s)
+	}
+	if s := l.nextDoubtful(1, 5001, 1000); s.start < s.end {
+		t.Errorf("a second rescue: %v", s)
+	}
+	// The same on a connection: the last of six is lost with the first.
+	h := thousand(t, ",sackOK")
+	h.write(6000)
+	h.drain()
+	for n := int64(2); n <= 5; n++ {
+		h.ack(0, fmt.Sprintf("1001:%d", n*1000+1))
+	}
+	h.wantSegments(1, 6)
+	h.ack(6)
+	h.expect()
+}
+
+// T113: SACK blocks on an old ACK count.
+func TestT113OldAck(t *testing.T) {
+	h := flight(t, ",sackOK")
+	h.ack(3)
+	h.drain()
+	h.ack(1, "5001:7001")
+	if h.loss.sacked.size() != 2000 {
+		t.Errorf("%v", h.loss.sacked)
+	}
+	h.wantSegments(16, 17)
+}
+
+// T114: what was SACKed may be gone after a timeout; only a cumulative ACK frees it.
+func TestT114Reneging(t *testing.T) {
+	h := flight(t, ",sackOK")
+	h.ack(0, "2001:4001")
+	h.drain()
+	if h.sendBuf.base != 1 {
+		t.Error("SACKed data was freed")
+	}
+	h.rtt.srtt = 10 * sec // no reordering timer
+	h.timers[timerReorder] = h.now.Add(10 * sec)
+	h.advance(300 * ms)
+	h.wantSegments(1)
+	if len(h.loss.sacked) != 0 || h.armed(timerReorder) {
+		t.Errorf("%+v", h.loss)
+	}
+	h.ack(1)
+	h.ack(2)
+	h.ack(3)
+	if got := h.data(); !slices.Contains(got, "2001:3001") || !slices.Contains(got, "3001:4001") {
+		t.Errorf("sent %v", got)
+	}
+}
+
+// T115: blocks that make no sense are ignored or cut.
+func TestT115BogusBlocks(t *testing.T) {
+	for _, b := range []string{"3001:3001", "4001:3001", "-500:1", "-1000:-500", "9001:10002", "10001:11001", "50001:60001",
+		"5001:2147490000", "-2147480000:5001", "2001:-2147480000"} {
+		h := flight(t, ",sackOK")
+		h.ack(0, b)
+		if h.loss.sacked.size() != 0 || h.loss.dupAcks != 0 {
+			t.Errorf("%s: %v", b, h.loss.sacked)
+		}
+	}
+	h := flight(t, ",sackOK")
+	h.ack(0, "2001:4001 2001:4001 3001:4001 2001:3001")
+	if h.loss.sacked.size() != 2000 || h.loss.dupAcks != 1 {
+		t.Errorf("%v", h.loss.sacked)
+	}
+	// Everything SACKed and nothing acknowledged: the timeout clears it.
+	h = flight(t, ",sackOK")
+	h.ack(0, "1:10001")
+	if h.loss.pipe(1, h.snd.nxt, 1000) < 0 {
+		t.Error("pipe is negative")
+	}
+	h.advance(sec)
+	if got := h.data(); !slices.Contains(got, "1:1001") {
+		t.Errorf("sent %v", got)
+	}
+	// Slivers: the scoreboard is bounded.
+	h = flight(t, ",sackOK")
+	for off := 3; off < 9000; off += 2 {
+		h.ack(0, fmt.Sprintf("%d:%d", off, off+1))
+	}
+	if len(h.loss.sacked) != maxSacked {
+		t.Errorf("%d spans", len(h.loss.sacked))
+	}
+	h.advance(1000 * sec)
+	// At random. The state is checked after each.
+	rnd := rand.New(rand.NewPCG(1, 15))
+	h = flight(t, ",sackOK")
+	h.silent = true
+	for range 3000 {
+		if h.snd.una >= 15_000 {
+			break
+		}
+		var blocks string
+		for range 1 + rnd.IntN(4) {
+			left := h.snd.una - 500 + rnd.Int64N(12_000)
+			blocks += fmt.Sprintf(" %d:%d", left, left+rnd.Int64N(3000)-100)
+		}
+		h.in(fmt.Sprintf(". 1 ack %d <sack%s>", h.snd.una-rnd.Int64N(3)+rnd.Int64N(20), blocks))
+		h.advance(3 * ms)
+		h.queue, h.times = nil, nil
+	}
+}
+
+// A block may cover the FIN, and a FIN that is lost behind data is sent again.
+func TestSACKedFIN(t *testing.T) {
+	h := thousand(t, ",sackOK")
+	h.write(5000)
+	h.closeWrite()
+	h.wantData("1:1001", "1001:2001", "2001:3001", "3001:4001", "4001:5001", "5001")
+	h.ack(0, "1001:2001")
+	h.ack(0, "1001:4001")
+	h.in(". 1 ack 1 <sack 1001:5002>") // with the FIN
+	if h.loss.sacked.size() != 4001 {
+		t.Errorf("%v", h.loss.sacked)
+	}
+	h.wantSegments(1)
+	h.in(". 1 ack 5002")
+	h.want(FinWait2)
+	// The FIN is part of what is sent again.
+	h = thousand(t, ",sackOK")
+	h.write(2500)
+	h.CloseWrite()
+	h.pull()
+	h.drain()
+	h.in(". 1 ack 2001")
+	h.advance(400 * ms)
+	h.expect("F. 2001:2501 ack 1")
+}
+
+// Recovery when cwnd is below three segments.
+func TestSmallWindowRecovery(t *testing.T) {
+	for _, options := range []string{"", ",sackOK"} {
+		h := thousand(t, options)
+		h.reno.cwnd, h.reno.ssthresh = 2000, 2000
+		h.write(10_000)
+		h.wantSegments(1, 2)
+		if options == "" {
+			h.ack(0)
+			h.wantSegments(3)
+			h.ack(0)
+			h.wantSegments(4)
+			h.advance(300 * ms)
+			h.wantSegments(1)
+			h.wantCwnd(1, 2)
+		} else {
+			h.ack(0, "1001:2001")
+			h.wantSegments(3)
+			h.advance(25 * ms)
+			h.wantSegments(1)
+			h.wantCwnd(2, 2)
+		}
+	}
+}
