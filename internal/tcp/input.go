@@ -413,7 +413,7 @@ func (t *TCB) reorderTime() time.Duration {
 // RFC 5681 section 3.2, RFC 6675 section 5.
 func (t *TCB) detectLoss() {
 	una, nxt, mss := t.snd.una, t.snd.nxt, t.mss()
-	if una <= t.loss.recover-1 && !t.loss.sack {
+	if una <= t.loss.recover && !t.loss.sack {
 		return // RFC 6582 section 3.2 step 2: these are of the last recovery
 	}
 	if t.loss.dupAcks < dupThresh && (!t.loss.sack || t.loss.lostEdge(una, nxt, mss) <= una) {

@@ -162,6 +162,29 @@ func TestT110AfterTimeout(t *testing.T) {
 			t.Error("a false fast retransmit")
 		}
 	}
+	// Nor when all of that is acknowledged, for duplicates are still under way.
+	h.ack(10)
+	if h.loss.phase != phaseOpen {
+		t.Fatal("the recovery goes on")
+	}
+	h.drain()
+	for range 6 {
+		h.ack(10)
+	}
+	for _, r := range h.data() {
+		if r == "10001:11001" {
+			t.Error("a false fast retransmit")
+		}
+	}
+	// But for what was sent later.
+	h.ack(11)
+	h.drain()
+	for range 3 {
+		h.ack(11)
+	}
+	if got := h.data(); !slices.Contains(got, "11001:12001") {
+		t.Errorf("no fast retransmit: %v", got)
+	}
 }
 
 // T111: recovery with SACK sends what is lost, in order, as pipe allows, and
