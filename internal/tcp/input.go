@@ -239,11 +239,15 @@ func (t *TCB) establish(now time.Time, seg *Segment, off, ack int64) {
 }
 
 // updateWindow takes SEG.WND unless an older segment brings it.
+//
+// Deviation: one that acknowledges something new always brings it. By WL1 and WL2
+// alone, a segment that came out of order would hide the windows of those in front
+// of it, while SND.UNA, and with it the right edge, moves on.
 func (t *TCB) updateWindow(off, ack int64, seg *Segment) {
 	if ack < t.snd.una {
 		return
 	}
-	if t.snd.wl1 < off || t.snd.wl1 == off && t.snd.wl2 <= ack {
+	if ack > t.snd.una || t.snd.wl1 < off || t.snd.wl1 == off && t.snd.wl2 <= ack {
 		t.snd.wl1, t.snd.wl2 = off, ack
 		t.setWindow(seg)
 	}

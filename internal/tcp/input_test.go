@@ -537,7 +537,7 @@ func TestT038SYN(t *testing.T) {
 		}
 	}
 	h = active(t)
-	h.advance(247*sec - 1)
+	h.advance(255*sec - 1)
 	h.want(SynSent)
 	h.advance(1)
 	h.wantClosed(TimedOut)

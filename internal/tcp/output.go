@@ -38,7 +38,7 @@ func (t *TCB) Output(now time.Time, buf []byte) int {
 // peer has shrunk its window below that. It would drop the ACK then, so this one
 // lies in the window (as does that of Linux, tcp_acceptable_seq).
 func (t *TCB) ackSeq() int64 {
-	if edge := t.snd.una + t.snd.wnd; edge < t.snd.nxt {
+	if edge := t.snd.una + t.snd.wnd; edge < t.snd.nxt && t.synchronized() {
 		return max(t.snd.una, edge-1)
 	}
 	return t.snd.nxt

@@ -312,11 +312,12 @@ func (t *TCB) Read(p []byte) int {
 }
 
 // announceWindow has a window update sent when reading has opened the window by
-// a segment, and at least doubled it: silly-window avoidance of RFC 9293 section
-// 3.8.6.2.2, and no more updates than the peer has use for.
+// a segment, and at least doubled what is left of it, which is little: silly-window
+// avoidance of RFC 9293 section 3.8.6.2.2, and no more updates than the peer has
+// use for. While it can send, the ACKs of what it sends bring the news.
 func (t *TCB) announceWindow() {
-	gain := t.windowEdge() - t.rcv.adv
-	if gain > 0 && gain >= t.rcv.adv-t.rcv.nxt && !t.finReceived() && t.synchronized() {
+	gain, left := t.windowEdge()-t.rcv.adv, t.rcv.adv-t.rcv.nxt
+	if gain > 0 && gain >= left && left < 4*int64(t.cfg.MSS) && !t.finReceived() && t.synchronized() {
 		t.ackDue = true
 	}
 }

@@ -3,8 +3,9 @@ package tcp
 import "time"
 
 // Timers: retransmission (RFC 6298 section 5), zero-window probes (RFC 9293
-// section 3.8.6.1), delayed ACK (3.8.6.3), keep-alive (3.8.4), and the ends of
-// TIME-WAIT and of a connection that its application has left.
+// section 3.8.6.1), delayed ACK (3.8.6.3), keep-alive (3.8.4), reordering (RFC
+// 8985 section 6.3), and the ends of TIME-WAIT and of a connection that its
+// application has left.
 
 // timer names a deadline of a TCB.
 type timer uint8
@@ -21,7 +22,7 @@ const (
 
 const (
 	maxRetries     = 15 // of data: R2 of RFC 9293 section 3.8.3, about 15 minutes
-	maxSynRetries  = 7  // of a SYN: 247 s, R2 for a SYN is at least 3 minutes
+	maxSynRetries  = 7  // of a SYN: 255 s, R2 for a SYN is at least 3 minutes
 	delackTimeout  = 40 * time.Millisecond
 	quickAcks      = 16                     // full segments
 	overrideTime   = 500 * time.Millisecond // RFC 9293 section 3.8.6.2.1: 0.1 to 1 s
@@ -101,11 +102,12 @@ func (t *TCB) retransmissionTimeout(now time.Time) {
 	}
 	t.rtt.backoff++
 	t.timing = false // Karn: what is sent again is not timed
-	t.arm(timerRexmt, now, t.rtt.timeout())
 	if t.state == SynSent || t.state == SynReceived {
+		t.arm(timerRexmt, now, initialRTO<<t.retries)
 		t.synDue = true
 		return
 	}
+	t.arm(timerRexmt, now, t.rtt.timeout())
 	if t.retries == 1 {
 		t.reno.halve(t.snd.nxt-t.snd.una-t.loss.limited, t.mss())
 	}
