@@ -97,7 +97,11 @@ func (t *TCB) retransmissionTimeout(now time.Time) {
 		}
 	}
 	if t.retries++; t.retries > limit {
-		t.fail(TimedOut)
+		if t.synchronized() {
+			t.fail(TimedOut)
+		} else {
+			t.close(TimedOut) // nobody is there to be told
+		}
 		return
 	}
 	t.rtt.backoff++
@@ -159,11 +163,15 @@ func (t *TCB) heard(now time.Time) {
 	}
 }
 
-// endTimeout ends TIME-WAIT, or gives an orphan up.
+// endTimeout ends TIME-WAIT, or gives an orphan up: without a word if the peer
+// has only failed to close its side.
 func (t *TCB) endTimeout() {
-	if t.state == TimeWait {
+	switch t.state {
+	case TimeWait:
 		t.close(None)
-		return
+	case FinWait2:
+		t.close(TimedOut)
+	default:
+		t.fail(TimedOut)
 	}
-	t.fail(TimedOut)
 }

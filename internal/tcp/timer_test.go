@@ -212,7 +212,11 @@ func TestT136Orphan(t *testing.T) {
 		h.drain()
 		h.advance(1)
 		h.wantClosed(TimedOut)
-		h.expect(fmt.Sprintf("R. 2 ack %d", h.rcv.nxt))
+		if s == FinWait2 {
+			h.expect()
+		} else {
+			h.expect(fmt.Sprintf("R. 2 ack %d", h.rcv.nxt))
+		}
 	}
 	// Progress counts.
 	h := established(t, plain)
