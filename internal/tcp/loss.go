@@ -180,19 +180,15 @@ func (l *lossState) findLostAgain(una, mss int64) bool {
 	if l.reordered {
 		arrived -= (dupThresh - 1) * mss
 	}
-	keep, found := l.resent[:0], false
-	for _, r := range l.resent {
-		_, held := l.sacked.find(r.end - 1)
-		switch {
-		case r.end <= una || held:
-		case r.mark < arrived:
+	found := false
+	for len(l.resent) > 0 && l.resent[0].mark < arrived { // marks do not fall
+		r := l.resent[0]
+		l.resent = l.resent[1:]
+		if _, held := l.sacked.find(r.end - 1); r.end > una && !held {
 			l.lostAgain.add(r.start, r.end)
 			found = true
-		default:
-			keep = append(keep, r)
 		}
 	}
-	l.resent = keep
 	return found
 }
 
