@@ -274,6 +274,12 @@ func (t *TCB) acked(now time.Time, ack int64, seg *Segment) {
 		t.blocked = false
 		t.events |= EventWritable
 	}
+	t.tailWanted = true
+	twice := seg.Blocks > 0 && t.snd.seq.unwrap(seg.SACK[0].Right, ack) <= ack // a D-SACK
+	if t.loss.tailAcked(ack, twice) && t.loss.phase == phaseOpen {
+		t.reno.halve(t.reno.cwnd, t.mss())
+		t.reno.cwnd = t.reno.ssthresh
+	}
 	slow := t.loss.phase == phaseRTO
 	ended := t.loss.advance(ack, n, t.mss())
 	t.takeBlocks(seg)
@@ -433,6 +439,7 @@ func (t *TCB) enterRecovery() {
 	t.loss.enter(phaseFast, t.snd.una, t.snd.nxt)
 	t.timing = false
 	t.disarm(timerReorder)
+	t.disarm(timerTail)
 }
 
 // inputText is steps 7 and 8: the data of the segment, and its FIN.

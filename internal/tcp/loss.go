@@ -3,10 +3,11 @@ package tcp
 // Loss recovery: SACK-based by RFC 6675, NewReno by RFC 6582 for a peer without
 // SACK, after a timeout by RFC 5681 section 3.1, limited transmit by RFC 3042.
 //
-// With SACK two things are from RFC 8985 (RACK), where small windows need them:
+// With SACK three things are from RFC 8985 (RACK-TLP), where small windows need them:
 // a gap that stays open for a part of the round trip is a loss even if fewer
-// than three segments are SACKed above it, and a retransmission is lost if
-// something sent after it has arrived. The order of sending, which offsets tell,
+// than three segments are SACKed above it; a retransmission is lost if something
+// sent after it has arrived; and the tail of a flight that nobody acknowledges is
+// probed before the timeout, once the connection has seen losses. The order of sending, which offsets tell,
 // takes the place of RACK's times.
 //
 // One estimate serves all of them: pipe, the bytes that are still in the
@@ -41,6 +42,11 @@ type lossState struct {
 	rescued bool  // the rescue retransmission was used (NextSeg rule 4)
 	limited int64 // bytes sent by limited transmit since the first duplicate ACK
 	rtxDue  bool  // the first segment goes out whatever pipe says
+
+	// Tail loss probe, RFC 8985 section 7.
+	tailDue   bool  // a probe is to be sent
+	tailEnd   int64 // nxt when one was sent that is not acknowledged; 0: none
+	tailAgain bool  // it was data sent again
 
 	reordered bool     // the network was seen to reorder
 	everRxt   int64    // end of what was ever retransmitted
@@ -123,6 +129,25 @@ func (l *lossState) nextLost(una, nxt, mss int64) span {
 	return gap
 }
 
+// sentTail notes that a tail loss probe was sent.
+func (l *lossState) sentTail(s span, nxt int64, again bool) {
+	l.tailEnd, l.tailAgain = nxt, again
+	if again {
+		l.everRxt = max(l.everRxt, s.end)
+	}
+}
+
+// tailAcked takes a cumulative ACK, and reports whether it tells that a tail loss
+// probe has repaired a loss: nobody says that its data had come twice (RFC 8985
+// section 7.4.2).
+func (l *lossState) tailAcked(una int64, twice bool) bool {
+	if l.tailEnd == 0 || una < l.tailEnd {
+		return false
+	}
+	l.tailEnd = 0
+	return l.tailAgain && !twice
+}
+
 // nextDoubtful returns a range to retransmit although it is not known to be
 // lost: rules 3 and 4 of NextSeg.
 func (l *lossState) nextDoubtful(una, nxt, mss int64) span {
@@ -146,6 +171,7 @@ func (l *lossState) enter(p phase, una, nxt int64) {
 	l.phase, l.recover, l.highRxt = p, nxt, una
 	l.rescued, l.rtxDue, l.limited = false, true, 0
 	l.resent, l.lostAgain = l.resent[:0], l.lostAgain[:0]
+	l.tailDue, l.tailEnd = false, 0
 	if p == phaseRTO {
 		// RFC 2018 section 8: after a timeout the peer may have reneged.
 		l.sacked = l.sacked[:0]

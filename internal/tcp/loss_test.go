@@ -506,3 +506,82 @@ func TestSmallWindowRecovery(t *testing.T) {
 		}
 	}
 }
+
+// lossy is a connection that has lost its first segment and recovered: n segments
+// are acknowledged, and nothing is queued.
+func lossy(t *testing.T) (h *harness, n int64) {
+	t.Helper()
+	h = thousand(t, ",sackOK")
+	h.write(10_000)
+	h.advance(100 * ms)
+	h.ack(0, "1001:10001")
+	h.advance(100 * ms)
+	h.ack(10)
+	h.drain()
+	h.wantCwnd(4, 5)
+	return h, 10
+}
+
+// T119: after two round trips without an ACK the last segment is sent again, if
+// the connection has lost anything before.
+func TestT119TailLossProbe(t *testing.T) {
+	for _, d := range []struct {
+		sack           string
+		cwnd, ssthresh float64
+	}{
+		{"", 2, 2},            // the probe has repaired a loss
+		{"12001:13001", 4, 5}, // both copies have arrived: only the ACK was lost
+	} {
+		h, n := lossy(t)
+		h.write(3000)
+		h.wantSegments(n+1, n+2, n+3)
+		h.advance(2*h.rtt.srtt + tailSlack - 1)
+		h.expect()
+		h.advance(1)
+		h.wantSegments(n + 3)
+		h.advance(100 * ms)
+		h.expect() // one probe, and the timer runs from then on
+		if d.sack == "" {
+			h.ack(n + 3)
+		} else {
+			h.ack(n+3, d.sack)
+		}
+		h.wantCwnd(d.cwnd, d.ssthresh)
+	}
+}
+
+// A probe is new data where there is some, whatever cwnd says.
+func TestTailLossProbeNewData(t *testing.T) {
+	h, n := lossy(t)
+	h.write(8000)
+	h.wantSegments(n+1, n+2, n+3, n+4)
+	h.advance(2*h.rtt.srtt + tailSlack)
+	h.wantSegments(n + 5)
+	h.advance(h.rtt.timeout())
+	h.wantSegments(n + 1) // no second probe: the timeout
+	h.ack(n + 5)
+	h.wantCwnd(2, 2.5)
+}
+
+func TestNoTailLossProbe(t *testing.T) {
+	fresh := thousand(t, ",sackOK") // has lost nothing yet
+	fresh.write(3000)
+	fresh.wantSegments(1, 2, 3)
+	fresh.advance(fresh.rtt.timeout() - 1)
+	fresh.expect()
+
+	lone, n := lossy(t) // its ACK may be delayed
+	lone.write(1000)
+	lone.wantSegments(n + 1)
+	lone.advance(lone.rtt.timeout() - 1)
+	lone.expect()
+
+	closed, n := lossy(t) // the peer has shrunk its window: nothing may be sent
+	closed.write(3000)
+	closed.wantSegments(n+1, n+2, n+3)
+	closed.in(fmt.Sprintf(". 1 ack %d win 1000", n*1000+1))
+	closed.advance(2*closed.rtt.srtt + tailSlack)
+	for _, s := range closed.data() {
+		t.Errorf("sent %s beyond the window", s)
+	}
+}

@@ -84,6 +84,7 @@ const (
 	sendNew
 	sendAgain
 	sendRescue // sent again without a mark in HighRxt
+	sendTail   // a tail loss probe that is sent again
 )
 
 // nextSegment chooses the offsets to send: NextSeg of RFC 6675 section 4 within
@@ -98,6 +99,12 @@ func (t *TCB) nextSegment(now time.Time) (span, sendKind) {
 		gap.end = min(gap.end, gap.start+mss)
 		if s, ok := t.withinWindow(gap); ok {
 			return s, sendAgain
+		}
+	}
+	if l.tailDue {
+		l.tailDue = false
+		if s, kind := t.tailProbe(now); kind != sendNothing {
+			return s, kind
 		}
 	}
 	room := t.reno.cwnd - l.pipe(una, nxt, mss)
@@ -119,6 +126,24 @@ func (t *TCB) nextSegment(now time.Time) (span, sendKind) {
 		}
 	}
 	return span{}, sendNothing
+}
+
+// tailProbe chooses what to send as a tail loss probe: new data, whatever cwnd
+// says, or else the last segment again (RFC 8985 section 7.3).
+func (t *TCB) tailProbe(now time.Time) (span, sendKind) {
+	kind := sendNew
+	s, ok := t.newData(now, t.mss()+1)
+	if !ok {
+		kind = sendTail
+		s, ok = t.withinWindow(span{max(t.snd.una, t.snd.nxt-t.mss()), t.snd.nxt})
+	}
+	if !ok {
+		return span{}, sendNothing
+	}
+	t.loss.sentTail(s, max(t.snd.nxt, s.end), kind == sendTail)
+	t.timing = t.timing && kind == sendNew
+	t.arm(timerRexmt, now, t.rtt.timeout())
+	return s, kind
 }
 
 // withinWindow cuts s to the peer's window, which may have shrunk since it was
@@ -194,6 +219,7 @@ func (t *TCB) outputData(now time.Time, buf []byte, s span, kind sendKind) int {
 			t.loss.limited += n
 		}
 		t.snd.nxt = s.end
+		t.tailWanted = true
 		// After a timeout a sample is wanted in any case: it ends the backoff.
 		if !t.timing && (t.loss.phase == phaseOpen || t.rtt.backoff > 0) {
 			t.timing, t.timedSeq, t.timedAt = true, s.start, now
@@ -329,4 +355,7 @@ func (t *TCB) guardOutstanding(now time.Time) {
 	}
 	t.disarm(timerPersist)
 	t.persistBackoff = 0
+	if t.tailWanted {
+		t.armTail(now)
+	}
 }

@@ -131,6 +131,7 @@ type TCB struct {
 
 	keepProbes     int
 	persistBackoff uint8
+	tailWanted     bool   // timerTail is to be set anew
 	finQueued      bool   // the application has written its last byte
 	orphan         bool   // the application has left: nobody reads
 	discard        bool   // what arrives is thrown away

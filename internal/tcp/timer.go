@@ -3,9 +3,9 @@ package tcp
 import "time"
 
 // Timers: retransmission (RFC 6298 section 5), zero-window probes (RFC 9293
-// section 3.8.6.1), delayed ACK (3.8.6.3), keep-alive (3.8.4), reordering (RFC
-// 8985 section 6.3), and the ends of TIME-WAIT and of a connection that its
-// application has left.
+// section 3.8.6.1), delayed ACK (3.8.6.3), keep-alive (3.8.4), reordering and
+// tail loss (RFC 8985 sections 6.3 and 7), and the ends of TIME-WAIT and of a
+// connection that its application has left.
 
 // timer names a deadline of a TCB.
 type timer uint8
@@ -17,6 +17,7 @@ const (
 	timerKeep                 // the peer was silent: probe it
 	timerEnd                  // TIME-WAIT ends, or an orphan has made no progress
 	timerReorder              // a gap below SACKed data is due to loss by now
+	timerTail                 // no ACK has come that should have: probe for a loss at the end
 	numTimers
 )
 
@@ -80,6 +81,8 @@ func (t *TCB) Advance(now time.Time) {
 			if t.loss.phase == phaseOpen && len(t.loss.sacked) > 0 {
 				t.enterRecovery()
 			}
+		case timerTail:
+			t.loss.tailDue = t.loss.phase == phaseOpen
 		}
 	}
 }
@@ -118,6 +121,32 @@ func (t *TCB) retransmissionTimeout(now time.Time) {
 	t.reno.cwnd = t.mss()
 	t.loss.enter(phaseRTO, t.snd.una, t.snd.nxt)
 	t.disarm(timerReorder)
+	t.disarm(timerTail)
+}
+
+// tailSlack is added to the time after which the tail is probed, for clocks that
+// are coarse and ACKs that wait for a neighbour.
+const tailSlack = 2 * time.Millisecond
+
+// armTail has the end of what is outstanding probed if no ACK comes in two round
+// trips: RFC 8985 section 7.2. A lone segment is left to the retransmission
+// timer, since its ACK may be delayed.
+//
+// Deviation: a connection that has lost nothing yet does not probe. Between a
+// guest and its host nothing is lost as a rule, and a guest that was suspended
+// for a moment is no reason to send anything.
+func (t *TCB) armTail(now time.Time) {
+	t.tailWanted = false
+	t.disarm(timerTail)
+	l := &t.loss
+	if l.everRxt == 0 || !l.sack || l.phase != phaseOpen || l.tailEnd != 0 || len(l.sacked) > 0 ||
+		t.rtt.srtt == 0 || t.snd.nxt-t.snd.una <= t.mss() {
+		return
+	}
+	at := now.Add(2*t.rtt.srtt + tailSlack)
+	if at.Before(t.timers[timerRexmt]) {
+		t.timers[timerTail] = at
+	}
 }
 
 // persistTimeout probes a window that is closed, or too small to be worth a
