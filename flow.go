@@ -45,9 +45,9 @@ func (k *flowKey) flow() Flow {
 
 // flow is one entry of the table: a *tcpConn or a *udpFlow.
 type flow interface {
-	// end resets the flow and frees what it holds. The table has forgotten it
-	// already, or is about to.
-	end()
+	// endSoon resets the flow and frees what it holds, without waiting for a
+	// Writer. The table has forgotten it already, or is about to.
+	endSoon()
 }
 
 // lookup finds a flow.

@@ -303,7 +303,7 @@ func (l *Listener) Close() error {
 		c.forget()
 	}
 	for _, c := range queue {
-		c.end()
+		c.endSoon()
 	}
 	return nil
 }

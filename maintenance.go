@@ -119,7 +119,7 @@ func (s *Stack) Close() error {
 		l.Close()
 	}
 	for _, f := range flows {
-		f.end()
+		f.endSoon()
 	}
 	for _, c := range draining {
 		s.goroutines.Go(c.resetHost)

@@ -242,6 +242,19 @@ func (c *tcpConn) giveUp() {
 	c.flush(time.Now())
 }
 
+// endSoon resets both sides of the flow on a goroutine of its own: its Writer may
+// be stuck, which is no reason for other flows to wait.
+func (c *tcpConn) endSoon() {
+	if !c.enter() {
+		return
+	}
+	c.mu.Unlock()
+	go func() {
+		defer c.stack.goroutines.Done()
+		c.end()
+	}()
+}
+
 // end resets both sides of the flow.
 func (c *tcpConn) end() {
 	c.mu.Lock()

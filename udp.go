@@ -528,8 +528,8 @@ func (f *udpFlow) finish() {
 	free()
 }
 
-// end ends the flow. Its guest is told nothing: UDP has no word for it.
-func (f *udpFlow) end() {
+// endSoon ends the flow. Its guest is told nothing: UDP has no word for it.
+func (f *udpFlow) endSoon() {
 	f.mu.Lock()
 	free := f.leave()
 	f.mu.Unlock()
