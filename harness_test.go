@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -201,23 +202,27 @@ func (g segment) String() string {
 		g.ack, g.win, g.opts)
 }
 
-// option returns the value of a TCP option.
-func (g segment) option(kind byte) ([]byte, bool) {
-	for o := g.opts; len(o) > 0; {
-		switch {
-		case o[0] == 0:
-			return nil, false
-		case o[0] == 1:
+// optionLengths are the lengths of the values of options that have only one.
+var optionLengths = map[byte]int{2: 2, 3: 1, 4: 0, 8: 8}
+
+// option returns the value of a TCP option, the last one if there are several. An
+// option of another length than its kind has is none.
+func (g segment) option(kind byte) (value []byte, ok bool) {
+	for o := g.opts; len(o) > 0 && o[0] != 0; {
+		if o[0] == 1 {
 			o = o[1:]
 			continue
-		case len(o) < 2 || o[1] < 2 || int(o[1]) > len(o):
-			return nil, false
-		case o[0] == kind:
-			return o[2:o[1]], true
+		}
+		if len(o) < 2 || o[1] < 2 || int(o[1]) > len(o) {
+			break
+		}
+		n, fixed := optionLengths[kind]
+		if o[0] == kind && (!fixed || int(o[1])-2 == n) {
+			value, ok = o[2:o[1]], true
 		}
 		o = o[o[1]:]
 	}
-	return nil, false
+	return value, ok
 }
 
 func optMSS(n int) []byte   { return []byte{2, 4, byte(n >> 8), byte(n)} }
@@ -333,9 +338,6 @@ func (m *machine) mustSend(packet []byte) {
 
 // write is the guest's Writer.
 func (m *machine) write(frame []byte) error {
-	if m.s.cfg.ReuseFrames {
-		frame = bytes.Clone(frame)
-	}
 	m.mu.Lock()
 	hook := m.hook
 	m.mu.Unlock()
@@ -348,14 +350,13 @@ func (m *machine) write(frame []byte) error {
 	m.frames++
 	if err := m.take(bytes.Clone(frame), lost != nil); err != nil && !m.ended && m.faults < 3 {
 		m.faults++
-		m.t.Errorf("frame %d, %x: %v", m.frames, frame[:min(len(frame), 80)], err)
+		m.t.Errorf("frame %d: %x…\n%v", m.frames, frame[:min(len(frame), 54)], err)
 	}
 	if lost != nil {
 		return lost
 	}
 	switch {
-	case m.s.cfg.ReuseFrames:
-	case m.frames%2 == 0: // the Writer owns the frame, and may do with it what it likes
+	case m.frames%2 == 0 || m.s.cfg.ReuseFrames: // the Writer owns the frame, and may do with it what it likes
 		for i := range frame {
 			frame[i] = 0x5a
 		}
@@ -468,7 +469,7 @@ func (m *machine) takeTCP(src, dst netip.Addr, b []byte, lost bool) error {
 		f.queue = append(f.queue, seg)
 	}
 	if err != nil {
-		return fmt.Errorf("%v: %v", seg, err)
+		return fmt.Errorf("%v: %v\n%s", seg, err, f.history())
 	}
 	return nil
 }
@@ -487,6 +488,7 @@ func (m *machine) flow(id flowID) *flowCheck {
 type flowCheck struct {
 	queue []segment // emitted, not yet taken by the test
 	inRST bool      // the Stack is being given a reset
+	past  []segment // the latest of both directions, in order
 
 	// What the stack has said since its SYN.
 	spoke   bool
@@ -515,8 +517,26 @@ type flowCheck struct {
 
 const keptStream = 4 << 20
 
+// note keeps a segment for history.
+func (f *flowCheck) note(seg *segment) {
+	if len(f.past) == 20 {
+		f.past = append(f.past[:0], f.past[1:]...)
+	}
+	f.past = append(f.past, *seg)
+}
+
+// history lists the latest segments of both directions.
+func (f *flowCheck) history() string {
+	s := ""
+	for _, seg := range f.past {
+		s += fmt.Sprintf("\t%v > %v: %v\n", seg.src, seg.dst, seg)
+	}
+	return s
+}
+
 // offered notes a segment of the guest, before the Stack gets it.
 func (f *flowCheck) offered(seg *segment) {
+	f.note(seg)
 	if seg.flags&flagS != 0 && (!f.heard || seg.seq != f.guestISS) {
 		f.syns = append(f.syns, *seg)
 		switch {
@@ -528,26 +548,30 @@ func (f *flowCheck) offered(seg *segment) {
 			f.begin(seg)
 		}
 	}
-	if end := seg.seq + seg.length(); int32(end-f.guestMax) > 0 {
+	if end := seg.seq + seg.length(); ahead(end, f.guestMax) {
 		f.guestMax = end
 	}
-	if seg.flags&flagA != 0 && seg.flags&flagR == 0 {
+	if seg.flags&flagA != 0 && seg.flags&flagR == 0 && (!f.spoke || int32(seg.ack-f.max) <= 0) {
 		win := uint32(seg.win)
 		if seg.flags&flagS == 0 && f.guestOpts[3] {
 			win <<= f.guestScale
 		}
-		if edge := seg.ack + win; int32(edge-f.guestEdge) > 0 || !f.spoke {
+		if edge := seg.ack + win; ahead(edge, f.guestEdge) || !f.spoke {
 			f.guestEdge = edge
 		}
-		if int32(seg.ack-f.guestAck) > 0 {
+		if ahead(seg.ack, f.guestAck) {
 			f.guestAck = seg.ack
 		}
 	}
 }
 
+// ahead reports whether sequence number a is above b, and not so far above that
+// it might as well be below.
+func ahead(a, b uint32) bool { return a-b-1 < 1<<30 }
+
 // begin starts over with a SYN of the guest.
 func (f *flowCheck) begin(seg *segment) {
-	*f = flowCheck{queue: f.queue, inRST: f.inRST, syns: f.syns}
+	*f = flowCheck{queue: f.queue, inRST: f.inRST, syns: f.syns, past: f.past}
 	f.learnSYN(seg)
 }
 
@@ -555,13 +579,14 @@ func (f *flowCheck) begin(seg *segment) {
 func (f *flowCheck) learnSYN(seg *segment) {
 	f.heard, f.guestISS, f.guestMax = true, seg.seq, seg.seq+seg.length()
 	f.guestOpts = make(map[byte]bool)
-	for _, k := range []byte{2, 3, 4, 8} {
+	for k := range optionLengths {
 		v, ok := seg.option(k)
 		f.guestOpts[k] = ok
-		if ok && k == 3 && len(v) == 1 {
+		switch {
+		case !ok:
+		case k == 3:
 			f.guestScale = min(v[0], 14)
-		}
-		if ok && k == 2 && len(v) == 2 {
+		case k == 2:
 			f.mss = int(binary.BigEndian.Uint16(v))
 		}
 	}
@@ -569,6 +594,7 @@ func (f *flowCheck) learnSYN(seg *segment) {
 
 // emitted checks a segment of the stack.
 func (f *flowCheck) emitted(seg *segment) error {
+	f.note(seg)
 	for i, o := 0, seg.opts; i < len(o); {
 		switch {
 		case o[i] == 0:
@@ -619,19 +645,18 @@ func (f *flowCheck) emitted(seg *segment) error {
 
 // emittedSYN begins a connection.
 func (f *flowCheck) emittedSYN(seg *segment, ack bool) error {
-	if f.spoke && seg.seq == f.iss { // again
+	begins := func(syn segment) bool { return ack && seg.ack == syn.seq+1 }
+	if f.spoke && seg.seq == f.iss && !slices.ContainsFunc(f.syns, begins) { // again
 		if ack && seg.ack != f.guestISS+1 {
 			return errors.New("SYN-ACK acknowledges something else")
 		}
 		return nil
 	}
-	for _, syn := range f.syns {
-		if ack && seg.ack == syn.seq+1 {
-			f.begin(&syn)
-		}
+	if i := slices.IndexFunc(f.syns, begins); i >= 0 {
+		f.begin(&f.syns[i])
 	}
 	if !ack {
-		*f = flowCheck{queue: f.queue}
+		*f = flowCheck{queue: f.queue, past: f.past}
 	}
 	f.syns = nil
 	f.spoke, f.iss, f.max = true, seg.seq, seg.seq+1
@@ -695,7 +720,8 @@ func (f *flowCheck) checkAck(seg *segment) error {
 		}
 		for ; len(v) > 0; v = v[8:] {
 			l, r := binary.BigEndian.Uint32(v), binary.BigEndian.Uint32(v[4:])
-			if int32(r-l) <= 0 || int32(r-f.guestMax) > 0 {
+			old := int32(r-seg.ack) <= 0 // a duplicate, RFC 2883
+			if int32(r-l) <= 0 || !old && int32(r-f.guestMax) > 0 {
 				return errors.New("SACK block")
 			}
 		}

@@ -309,7 +309,8 @@ func (s *Stack) AddRoute(namespace uintptr, prefix netip.Prefix, clientMAC, gwMA
 }
 
 // slabLen is the memory that frames are cut from, of a size that the allocator
-// serves well; a few of the largest frames fit.
+// serves well. Where a frame may be longer than a quarter of it there is more: the
+// room for one that turns out short must not be lost.
 const slabLen = 64 << 10
 
 // slab is memory that frames are cut from, one behind the other. What was cut is
@@ -319,7 +320,7 @@ type slab struct{ free []byte }
 // room returns n bytes to build a frame in. They stay in the slab until cut.
 func (b *slab) room(n int) []byte {
 	if len(b.free) < n {
-		b.free = make([]byte, max(slabLen, n))
+		b.free = make([]byte, max(slabLen, 4*n))
 	}
 	return b.free[:n]
 }
