@@ -4,7 +4,6 @@ package ring
 
 import (
 	"encoding/binary"
-	"errors"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -13,8 +12,12 @@ import (
 	"github.com/KarpelesLab/slirp"
 )
 
-// GatewayMAC is the Ethernet address of the stack's end of every [Link].
-var GatewayMAC = [6]byte{0x52, 0x55, 0x0a, 0x00, 0x02, 0x02}
+// GuestMAC and GatewayMAC are the Ethernet addresses at the guest's and at the
+// stack's end of every [Link].
+var (
+	GuestMAC   = [6]byte{0x52, 0x54, 0x00, 0x12, 0x34, 0x56}
+	GatewayMAC = [6]byte{0x52, 0x55, 0x0a, 0x00, 0x02, 0x02}
+)
 
 // Link is the wire between a guest and a [slirp.Stack]. It answers the guest's
 // ARP requests, which never reach the stack.
@@ -30,18 +33,17 @@ type Link struct {
 	lost int
 }
 
-// Serve carries frames until the device fails, and returns its error joined to
-// the last one of HandlePacket.
-func (l *Link) Serve() error {
-	var failed error
+// Serve carries frames until the device fails, and returns its error. It reports
+// those of HandlePacket.
+func (l *Link) Serve(report func(error)) error {
 	buf := make([]byte, 1<<17)
 	for {
 		n, err := l.Device.Read(buf)
 		if err != nil {
-			return errors.Join(err, failed)
+			return err
 		}
 		if err := l.receive(buf[:n]); err != nil {
-			failed = err
+			report(err)
 		}
 	}
 }

@@ -64,14 +64,25 @@ func onThread(f func() error) error {
 	return <-done
 }
 
-// Run runs a program in the namespace. It is killed with this process.
+// Run runs a program in the namespace, as [Run] does.
 func (ns *NetNS) Run(cmd *exec.Cmd) error {
+	return ns.Do(func() error { return runHere(cmd) })
+}
+
+// Run runs a program, which is killed if this process ends first. What it writes
+// to its standard error, if that is not set, is part of the error.
+func Run(cmd *exec.Cmd) error {
+	return onThread(func() error { return runHere(cmd) })
+}
+
+// runHere runs a program from the calling thread, with which it dies.
+func runHere(cmd *exec.Cmd) error {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	var stderr strings.Builder
 	if cmd.Stderr == nil {
 		cmd.Stderr = &stderr
 	}
-	if err := ns.Do(cmd.Run); err != nil {
+	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("%s: %w: %s", cmd, err, strings.TrimSpace(stderr.String()))
 	}
 	return nil

@@ -1,0 +1,598 @@
+package slirp_test
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/KarpelesLab/slirp"
+	"github.com/KarpelesLab/slirp/internal/ring"
+)
+
+// The tests in this file put a Linux kernel behind a TAP device as the guest, in
+// a network namespace of its own; the stack's host sockets live in a second one.
+// Nothing leaves the two. The guest's sockets are made by this process in the
+// guest's namespace, so an error shows as the guest's kernel reports it.
+
+const kernelLimit = 3 * time.Minute // for any single connection
+
+// ringFamily holds the addresses of one IP version, the same ones in every guest.
+// The host has a server's address, no route to another, and for two more a route
+// that answers EHOSTUNREACH and EACCES.
+type ringFamily struct {
+	name, network                            string
+	dad                                      string // option of "ip addr add" that turns duplicate address detection off
+	guestAddr, gateway                       netip.Addr
+	server, noRoute, unreachable, prohibited netip.Addr
+}
+
+var ringFamilies = []ringFamily{{
+	name: "IPv4", network: "4",
+	guestAddr: netip.MustParseAddr("10.0.2.15"), gateway: netip.MustParseAddr("10.0.2.2"),
+	server: netip.MustParseAddr("198.51.100.1"), noRoute: netip.MustParseAddr("198.51.100.2"),
+	unreachable: netip.MustParseAddr("198.51.100.3"), prohibited: netip.MustParseAddr("198.51.100.4"),
+}, {
+	name: "IPv6", network: "6", dad: "nodad",
+	guestAddr: netip.MustParseAddr("fd00::15"), gateway: netip.MustParseAddr("fd00::2"),
+	server: netip.MustParseAddr("2001:db8:1::1"), noRoute: netip.MustParseAddr("2001:db8:1::2"),
+	unreachable: netip.MustParseAddr("2001:db8:1::3"), prohibited: netip.MustParseAddr("2001:db8:1::4"),
+}}
+
+// needRing skips the test unless guests are asked for and can be made here.
+func needRing(t *testing.T, tools ...string) {
+	t.Helper()
+	if os.Getenv("SLIRP_RING") != "1" {
+		t.Skip("runs a real guest: set SLIRP_RING=1")
+	}
+	if testing.Short() {
+		t.Skip("runs a real guest: not with -short")
+	}
+	for _, tool := range tools {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skip("needs ", tool)
+		}
+	}
+}
+
+// kernelRing is one guest kernel behind one stack.
+type kernelRing struct {
+	ringFamily
+	t           *testing.T
+	stack       *slirp.Stack
+	link        *ring.Link
+	guest, host *ring.NetNS
+}
+
+// kernelOptions are the settings of a ring; the zero value has none.
+type kernelOptions struct {
+	slirp.Config
+	loss float64 // of frames, each way
+}
+
+// eachKernel runs a test against a fresh ring for each IP version.
+func eachKernel(t *testing.T, o kernelOptions, test func(t *testing.T, r *kernelRing)) {
+	t.Helper()
+	needRing(t, "ip")
+	if os.Getuid() != 0 {
+		t.Skip("needs root for network namespaces and a TAP device")
+	}
+	if _, err := os.Stat("/dev/net/tun"); err != nil {
+		t.Skip("needs a TAP device: ", err)
+	}
+	for _, f := range ringFamilies {
+		t.Run(f.name, func(t *testing.T) { test(t, newKernelRing(t, f, o)) })
+	}
+}
+
+func newKernelRing(t *testing.T, f ringFamily, o kernelOptions) *kernelRing {
+	r := &kernelRing{ringFamily: f, t: t}
+	namespace := func() *ring.NetNS {
+		ns, err := ring.NewNetNS()
+		r.must(err)
+		t.Cleanup(func() { ns.Close() })
+		return ns
+	}
+	r.host, r.guest = namespace(), namespace()
+	tap, err := r.guest.TAP("tap0")
+	r.must(err)
+	mtu := cmp.Or(o.MTU, 1500)
+	var host []string
+	for _, f := range ringFamilies {
+		host = append(host,
+			fmt.Sprintf("addr add %v dev lo %s", f.server, f.dad),
+			fmt.Sprintf("route add unreachable %v", f.unreachable),
+			fmt.Sprintf("route add prohibit %v", f.prohibited))
+	}
+	r.must(r.host.IP(host...))
+	r.must(r.guest.IP(
+		fmt.Sprintf("link set tap0 address %v mtu %d txqueuelen 10000 up", net.HardwareAddr(ring.GuestMAC[:]), mtu),
+		"addr add 10.0.2.15/24 dev tap0",
+		"addr add fd00::15/64 dev tap0 nodad",
+		"route add default via 10.0.2.2",
+		"route add default via fd00::2"))
+
+	if o.Dial == nil {
+		o.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			return r.host.Dial(ctx, new(net.Dialer), network, address)
+		}
+	}
+	r.stack, err = slirp.NewWithConfig(o.Config)
+	r.must(err)
+	r.link = &ring.Link{Stack: r.stack, Device: tap, Loss: o.loss}
+	served := make(chan error)
+	go func() {
+		served <- r.link.Serve(func(err error) {
+			if !errors.Is(err, net.ErrClosed) && !errors.Is(err, os.ErrClosed) { // the guest outlives the stack and the link
+				t.Errorf("HandlePacket: %v", err)
+			}
+		})
+	}()
+	t.Cleanup(func() {
+		if err := r.stack.Close(); err != nil {
+			t.Errorf("Stack.Close: %v", err)
+		}
+		tap.Close()
+		if err := <-served; !errors.Is(err, os.ErrClosed) {
+			t.Errorf("link: %v", err)
+		}
+	})
+	return r
+}
+
+func (r *kernelRing) must(err error) {
+	r.t.Helper()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// serve runs a TCP server on the host until the test ends, and returns its address.
+func (r *kernelRing) serve(handle func(c *net.TCPConn) error) string {
+	return r.serveIn(r.host, r.server, handle)
+}
+
+func (r *kernelRing) serveIn(ns *ring.NetNS, a netip.Addr, handle func(c *net.TCPConn) error) string {
+	r.t.Helper()
+	l, err := ns.Listen(r.t.Context(), netip.AddrPortFrom(a, 0).String())
+	r.must(err)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			wg.Go(func() {
+				defer c.Close()
+				c.SetDeadline(time.Now().Add(kernelLimit))
+				if err := handle(c.(*net.TCPConn)); err != nil {
+					r.t.Errorf("server: %v", err)
+				}
+			})
+		}
+	})
+	r.t.Cleanup(func() { l.Close(); wg.Wait() })
+	return l.Addr().String()
+}
+
+// tryDial connects a socket of the guest, closed when the test ends.
+func (r *kernelRing) tryDial(network, address string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(r.t.Context(), 30*time.Second)
+	defer cancel()
+	c, err := r.guest.Dial(ctx, &net.Dialer{Control: ring.ReceiveErrors}, network, address)
+	if err != nil {
+		return nil, err
+	}
+	c.SetDeadline(time.Now().Add(kernelLimit))
+	r.t.Cleanup(func() { c.Close() })
+	return c, nil
+}
+
+func (r *kernelRing) dial(address string) *net.TCPConn {
+	r.t.Helper()
+	c, err := r.tryDial("tcp", address)
+	r.must(err)
+	return c.(*net.TCPConn)
+}
+
+func (r *kernelRing) dialUDP(address string) net.Conn {
+	r.t.Helper()
+	c, err := r.tryDial("udp", address)
+	r.must(err)
+	c.SetDeadline(time.Now().Add(10 * time.Second))
+	return c
+}
+
+// run runs a program in the guest.
+func (r *kernelRing) run(stdin io.Reader, stdout io.Writer, name string, args ...string) error {
+	cmd := exec.CommandContext(r.t.Context(), name, args...)
+	cmd.Stdin, cmd.Stdout = stdin, stdout
+	return r.guest.Run(cmd)
+}
+
+// dataServer serves /N, N bytes of test data, and verifies what is uploaded there.
+func dataServer(t *testing.T, l net.Listener) {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/{n}", func(w http.ResponseWriter, req *http.Request) {
+		n, err := strconv.ParseInt(req.PathValue("n"), 10, 64)
+		if err != nil {
+			http.NotFound(w, req)
+			return
+		}
+		if req.Method == http.MethodGet {
+			w.Header().Set("Content-Length", req.PathValue("n"))
+			io.Copy(w, ring.Data(n))
+			return
+		}
+		if err := ring.Verify(req.Body, n); err != nil {
+			t.Errorf("upload: %v", err)
+		}
+		fmt.Fprintln(w, "received")
+	})
+	srv := &http.Server{Handler: mux}
+	done := make(chan error)
+	go func() { done <- srv.Serve(l) }()
+	t.Cleanup(func() { srv.Close(); <-done })
+}
+
+func TestKernelCurl(t *testing.T) {
+	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) { r.curl(256 * ring.MiB) })
+}
+
+func TestKernelCurlJumbo(t *testing.T) {
+	o := kernelOptions{Config: slirp.Config{MTU: 65520}}
+	eachKernel(t, o, func(t *testing.T, r *kernelRing) { r.curl(64 * ring.MiB) })
+}
+
+// curl downloads and uploads n bytes.
+func (r *kernelRing) curl(n int64) {
+	needRing(r.t, "curl")
+	l, err := r.host.Listen(r.t.Context(), netip.AddrPortFrom(r.server, 0).String())
+	r.must(err)
+	dataServer(r.t, l)
+	url := fmt.Sprintf("http://%v/%d", l.Addr(), n)
+	curl := func(stdin io.Reader, stdout io.Writer, args ...string) error {
+		args = append(args, "--noproxy", "*", "-sS", "--fail", "--max-time", "180", url)
+		return r.run(stdin, stdout, "curl", args...)
+	}
+
+	start := time.Now()
+	body, w := io.Pipe()
+	got := make(chan error, 1)
+	go func() { got <- ring.Verify(body, n) }()
+	err = curl(nil, w)
+	w.Close()
+	r.must(err)
+	r.must(<-got)
+	r.t.Logf("download: %s", kernelRate(n, start))
+
+	start = time.Now()
+	var reply strings.Builder
+	r.must(curl(ring.Data(n), &reply, "-T", "-"))
+	if reply.String() != "received\n" {
+		r.t.Errorf("upload: the server says %q", reply.String())
+	}
+	r.t.Logf("upload: %s", kernelRate(n, start))
+}
+
+func kernelRate(n int64, start time.Time) string {
+	d := time.Since(start)
+	return fmt.Sprintf("%d MiB in %v, %.0f Mbit/s", n/ring.MiB, d.Round(time.Millisecond), float64(8*n)/1e6/d.Seconds())
+}
+
+func TestKernelServerSpeaksFirst(t *testing.T) {
+	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
+		c := r.dial(r.serve(func(c *net.TCPConn) error {
+			if _, err := io.WriteString(c, "220 ready\r\n"); err != nil {
+				return err
+			}
+			return ring.Expect(c, "QUIT\r\n")
+		}))
+		r.must(ring.Expect(c, "220 ready\r\n"))
+		_, err := io.WriteString(c, "QUIT\r\n")
+		r.must(err)
+		r.must(ring.Verify(c, 0))
+	})
+}
+
+func TestKernelGuestShutsDownFirst(t *testing.T) {
+	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
+		c := r.dial(r.serve(func(c *net.TCPConn) error {
+			if err := ring.Verify(c, ring.MiB); err != nil {
+				return err
+			}
+			return ring.Send(c, 10*ring.MiB)
+		}))
+		r.must(ring.Send(c, ring.MiB))
+		r.must(ring.Verify(c, 10*ring.MiB))
+	})
+}
+
+func TestKernelHostShutsDownFirst(t *testing.T) {
+	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
+		received := make(chan error, 1)
+		c := r.dial(r.serve(func(c *net.TCPConn) error {
+			err := ring.Send(c, ring.MiB)
+			received <- ring.Verify(c, 10*ring.MiB)
+			return err
+		}))
+		r.must(ring.Verify(c, ring.MiB))
+		r.must(ring.Send(c, 10*ring.MiB))
+		r.must(<-received)
+	})
+}
+
+// TestKernelErrors checks the error that a connecting guest sees. Linux turns
+// ICMP's "administratively prohibited" into EHOSTUNREACH (icmp_err_convert) and
+// ICMPv6's into EACCES (tab_unreach).
+func TestKernelErrors(t *testing.T) {
+	refuse := func(err error) slirp.Config {
+		return slirp.Config{Allow: func(context.Context, slirp.Flow) error { return fmt.Errorf("policy: %w", err) }}
+	}
+	prohibited := map[string]error{"IPv4": syscall.EHOSTUNREACH, "IPv6": syscall.EACCES}
+	both := func(err error) map[string]error { return map[string]error{"IPv4": err, "IPv6": err} }
+	for _, test := range []struct {
+		name string
+		cfg  slirp.Config
+		addr func(ringFamily) netip.Addr
+		want map[string]error
+	}{
+		{"Refused", slirp.Config{}, func(f ringFamily) netip.Addr { return f.server }, both(syscall.ECONNREFUSED)},
+		{"NoRoute", slirp.Config{}, func(f ringFamily) netip.Addr { return f.noRoute }, both(syscall.ENETUNREACH)},
+		{"Unreachable", slirp.Config{}, func(f ringFamily) netip.Addr { return f.unreachable }, both(syscall.EHOSTUNREACH)},
+		{"Prohibited", slirp.Config{}, func(f ringFamily) netip.Addr { return f.prohibited }, prohibited},
+		{"AllowProhibits", refuse(slirp.ErrProhibited), func(f ringFamily) netip.Addr { return f.server }, prohibited},
+		{"AllowUnreachable", refuse(syscall.EHOSTUNREACH), func(f ringFamily) netip.Addr { return f.server }, both(syscall.EHOSTUNREACH)},
+		{"AllowRefuses", refuse(syscall.ECONNREFUSED), func(f ringFamily) netip.Addr { return f.server }, both(syscall.ECONNREFUSED)},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			eachKernel(t, kernelOptions{Config: test.cfg}, func(t *testing.T, r *kernelRing) {
+				address, want := netip.AddrPortFrom(test.addr(r.ringFamily), 7).String(), test.want[r.name]
+				if _, err := r.tryDial("tcp", address); !errors.Is(err, want) {
+					t.Errorf("TCP: %v, want %v", err, want)
+				}
+				c := r.dialUDP(address)
+				if err := ring.Exchange(c, "x", "x"); !errors.Is(err, want) {
+					t.Errorf("UDP: %v, want %v", err, want)
+				}
+			})
+		})
+	}
+}
+
+func TestKernelUDPRefusedThenServed(t *testing.T) {
+	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
+		probe, err := r.host.ListenPacket(t.Context(), netip.AddrPortFrom(r.server, 0).String())
+		r.must(err)
+		address := probe.LocalAddr().String()
+		probe.Close()
+
+		c := r.dialUDP(address)
+		for range 2 {
+			if err := ring.Exchange(c, "x", "x"); !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Fatalf("nobody listens: %v, want %v", err, syscall.ECONNREFUSED)
+			}
+		}
+		r.serveUDP(address, func(request []byte) []byte { return request })
+		r.must(ring.Exchange(c, "hello", "hello"))
+	})
+}
+
+// serveUDP answers datagrams on the host until the test ends.
+func (r *kernelRing) serveUDP(address string, reply func(request []byte) []byte) string {
+	r.t.Helper()
+	c, err := r.host.ListenPacket(r.t.Context(), address)
+	r.must(err)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		buf := make([]byte, 1<<16)
+		for {
+			n, from, err := c.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			if _, err := c.WriteTo(reply(buf[:n]), from); err != nil {
+				r.t.Errorf("server: %v", err)
+			}
+		}
+	}()
+	r.t.Cleanup(func() { c.Close(); <-done })
+	return c.LocalAddr().String()
+}
+
+// TestKernelUDPSizes has the host send datagrams of every kind of size; those
+// above the MTU reach the guest in fragments. A request names the size of its
+// answer, and is itself as long as that, up to one packet.
+func TestKernelUDPSizes(t *testing.T) {
+	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
+		packet := map[string]int{"IPv4": 1500 - 20 - 8, "IPv6": 1500 - 40 - 8}[r.name]
+		data, err := io.ReadAll(ring.Data(1 << 16))
+		r.must(err)
+		c := r.dialUDP(r.serveUDP(netip.AddrPortFrom(r.server, 0).String(), func(request []byte) []byte {
+			n, _ := strconv.Atoi(strings.TrimSpace(string(request))) // an empty request has an empty answer
+			return data[:n]
+		}))
+		for _, n := range []int{0, 1, packet - 1, packet, packet + 1, 4000, 65507, 0, 1} {
+			request := ""
+			if n > 0 {
+				request = fmt.Sprintf("%-*d", min(n, packet), n)
+			}
+			if err := ring.Exchange(c, request, string(data[:n])); err != nil {
+				t.Errorf("%d bytes: %v", n, err)
+			}
+		}
+	})
+}
+
+func TestKernelPing(t *testing.T) {
+	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
+		needRing(t, "busybox")
+		for _, a := range []netip.Addr{r.gateway, r.server} {
+			for _, size := range []string{"0", "56", "1452"} {
+				var out strings.Builder
+				err := r.run(nil, &out, "busybox", "ping", "-"+r.network, "-c", "3", "-i", "0.1", "-W", "10", "-s", size, a.String())
+				if err != nil || !strings.Contains(out.String(), "3 packets received") {
+					t.Errorf("ping %v, %s bytes: %v\n%s", a, size, err, &out)
+				}
+			}
+		}
+	})
+}
+
+func TestKernelManyConnections(t *testing.T) {
+	const conns, size = 200, 256 << 10
+	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
+		address := r.serve(func(c *net.TCPConn) error {
+			if _, err := io.Copy(c, c); err != nil {
+				return err
+			}
+			return c.CloseWrite()
+		})
+		var wg, open sync.WaitGroup
+		open.Add(conns)
+		for range conns {
+			wg.Go(func() {
+				c, err := r.tryDial("tcp", address)
+				open.Done()
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				open.Wait() // all connections exist at once
+				wg.Go(func() {
+					if err := ring.Send(c, size); err != nil {
+						t.Error(err)
+					}
+				})
+				if err := ring.Verify(c, size); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+	})
+}
+
+// TestKernelDialGuest calls a server in the guest, which the stack knows by a
+// route, and then by the packets that the guest sent.
+func TestKernelDialGuest(t *testing.T) {
+	t.Run("Route", func(t *testing.T) {
+		eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
+			prefix := netip.PrefixFrom(r.guestAddr, r.guestAddr.BitLen())
+			r.must(r.stack.AddRoute(0, prefix, ring.GuestMAC, ring.GatewayMAC, r.link.Send))
+			r.dialGuest()
+		})
+	})
+	t.Run("Packet", func(t *testing.T) {
+		eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
+			r.must(ring.Verify(r.dial(r.serve(func(c *net.TCPConn) error { return nil })), 0))
+			r.dialGuest()
+		})
+	})
+}
+
+func (r *kernelRing) dialGuest() {
+	address := r.serveIn(r.guest, r.guestAddr, func(c *net.TCPConn) error {
+		if a := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr(); a != r.gateway {
+			return fmt.Errorf("the guest is called from %v, want %v", a, r.gateway)
+		}
+		if err := ring.Verify(c, ring.MiB); err != nil {
+			return err
+		}
+		return ring.Send(c, 10*ring.MiB)
+	})
+	ctx, cancel := context.WithTimeout(r.t.Context(), 30*time.Second)
+	defer cancel()
+	c, err := r.stack.DialContext(ctx, "tcp", address)
+	r.must(err)
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(kernelLimit))
+	if got := c.RemoteAddr().String(); got != address {
+		r.t.Errorf("RemoteAddr is %v, want %v", got, address)
+	}
+	r.must(ring.Send(c, ring.MiB))
+	r.must(ring.Verify(c, 10*ring.MiB))
+
+	closed := netip.AddrPortFrom(r.guestAddr, 7).String()
+	if _, err := r.stack.DialContext(ctx, "tcp", closed); !errors.Is(err, syscall.ECONNREFUSED) {
+		r.t.Errorf("nobody listens in the guest: %v, want %v", err, syscall.ECONNREFUSED)
+	}
+}
+
+func TestKernelHostResets(t *testing.T) {
+	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
+		c := r.dial(r.serve(func(c *net.TCPConn) error {
+			c.SetLinger(0)
+			return ring.Expect(c, "x")
+		}))
+		_, err := io.WriteString(c, "x")
+		r.must(err)
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("the guest reads %v, want %v", err, syscall.ECONNRESET)
+		}
+	})
+}
+
+func TestKernelGuestResets(t *testing.T) {
+	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
+		result := make(chan error, 1)
+		c := r.dial(r.serve(func(c *net.TCPConn) error {
+			if _, err := io.WriteString(c, "x"); err != nil {
+				return err
+			}
+			_, err := c.Read(make([]byte, 1))
+			result <- err
+			return nil
+		}))
+		r.must(ring.Expect(c, "x"))
+		c.SetLinger(0)
+		r.must(c.Close())
+		if err := <-result; !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("the server reads %v, want %v", err, syscall.ECONNRESET)
+		}
+	})
+}
+
+func TestKernelLoss(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		loss float64
+		size int64
+	}{
+		{"1%", 0.01, 64 * ring.MiB},
+		{"5%", 0.05, 8 * ring.MiB},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			eachKernel(t, kernelOptions{loss: test.loss}, func(t *testing.T, r *kernelRing) {
+				received := make(chan error, 1)
+				start := time.Now()
+				r.must(ring.Verify(r.dial(r.serve(func(c *net.TCPConn) error {
+					return ring.Send(c, test.size)
+				})), test.size))
+				t.Logf("down: %s", kernelRate(test.size, start))
+
+				start = time.Now()
+				r.must(ring.Send(r.dial(r.serve(func(c *net.TCPConn) error {
+					received <- ring.Verify(c, test.size)
+					return nil
+				})), test.size))
+				r.must(<-received)
+				t.Logf("up: %s, %d frames lost", kernelRate(test.size, start), r.link.Lost())
+			})
+		})
+	}
+}
