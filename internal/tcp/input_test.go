@@ -916,7 +916,7 @@ func TestT123PAWS(t *testing.T) {
 	if h.Buffered() != 30 {
 		t.Error("an old timestamp was accepted")
 	}
-	h.in(fmt.Sprintf(". 31:41 ack 1 <ts %d 0>", 1000+1<<31-1))
+	h.in(fmt.Sprintf(". 31:41 ack 1 <ts %d 0>", int64(1000+1<<31-1)))
 	if h.Buffered() != 40 {
 		t.Error("a new timestamp was refused")
 	}

@@ -5,6 +5,9 @@ import "slices"
 // Reassembly: RFC 9293 section 3.10.7.4 step 7, SACK blocks by RFC 2018 section
 // 4, D-SACK by RFC 2883 section 4.
 
+// firstByte is the offset of the first byte of data, behind the SYN.
+const firstByte = 1
+
 // maxHoles bounds the spans of out-of-order data that are remembered; a segment
 // that would make one more is dropped, and the peer sends it again.
 const maxHoles = 1024
@@ -88,7 +91,7 @@ func (b *recvBuf) absorb() {
 
 // noteDuplicate remembers the first part of [off, end) that is held already.
 func (b *recvBuf) noteDuplicate(off, end int64) {
-	if off < b.nxt && off < end {
+	if off = max(off, firstByte); off < b.nxt && off < end {
 		b.dsack = span{off, min(end, b.nxt)}
 	} else if s, ok := b.ooo.overlap(off, end); ok {
 		b.dsack = s

@@ -399,3 +399,11 @@ func TestRecvBufSkip(t *testing.T) {
 		t.Errorf("%+v", b)
 	}
 }
+
+// A keep-alive probe may carry the byte in front of the first: nobody has received
+// that, so it is not reported as a duplicate.
+func TestNoDSACKBelowFirstByte(t *testing.T) {
+	h := established(t, "<mss 1460,sackOK>")
+	h.in(". 0:1 ack 1")
+	h.expect(". 1 ack 1 win 65535 <>")
+}

@@ -149,8 +149,8 @@ type TCB struct {
 func newTCB(cfg Config, now time.Time) *TCB {
 	t := &TCB{cfg: cfg, start: now}
 	t.snd.seq = seqSpace(cfg.ISS)
-	t.sendBuf = sendBuf{base: 1, end: 1, max: int64(cfg.SendBuffer)}
-	t.recvBuf = recvBuf{base: 1, nxt: 1, max: int64(cfg.ReceiveBuffer)}
+	t.sendBuf = sendBuf{base: firstByte, end: firstByte, max: int64(cfg.SendBuffer)}
+	t.recvBuf = recvBuf{base: firstByte, nxt: firstByte, max: int64(cfg.ReceiveBuffer)}
 	t.snd.mss = int64(min(cfg.MSS, cfg.DefaultMSS))
 	t.rcv.nxt, t.rcv.acked, t.rcv.adv = 1, 1, 1 // the peer's SYN has offset 0
 	t.rcv.scale = scaleFor(cfg.ReceiveBuffer)
