@@ -68,10 +68,30 @@
 // a goroutine that exists while datagrams wait for it, up to 64. What finds no
 // room is dropped. Answers of any size go to the guest, in fragments above the
 // MTU. Errors of the socket become ICMP errors, and the flow lives on until it
-// has been idle for UDPIdleTimeout.
+// has been idle for UDPIdleTimeout. Flows to port 53 that were answered have 10 s:
+// a resolver opens one for each question.
+//
+// With [UDPMappingEndpoint] the flow is all that the guest sends from one address
+// and port, a mapping (udp.go). Allow is asked about each new destination on
+// a goroutine of its own, which keeps that destination's datagrams waiting and no
+// other's. The first one that may pass opens the host socket, by
+// [Config.ListenPacket], and its goroutine goes on as the reader. The socket is not
+// connected. What comes to it goes to the guest with its real source, if the guest
+// has sent to that address, on any port, within UDPIdleTimeout; else it is dropped.
+// Only datagrams of the guest to where it may send keep the mapping. An error of a
+// write is about its datagram and answered as above; the refusal of a closed port is
+// not among them, as operating systems do not report it to such a socket. Config.Dial
+// has no part in this, so a mapping of addresses that it does is not done here.
 //
 // The UDP connections of [Stack.DialContext] are flows of the same table, with
 // the program in place of a host socket. They do not expire.
+//
+// # Who may go where
+//
+// The stack has no policy: a guest reaches what the host does, also the host's
+// loopback address and services that trust the host. Config.Allow is the place for
+// one, for every flow of every protocol; [Guard] is one that keeps a guest from the
+// host itself.
 //
 // # Ownership
 //
@@ -103,7 +123,9 @@
 // so are connections in TIME-WAIT (4,096 for each namespace), remembered guest addresses
 // (4,096 in all), and ICMP errors and resets for segments of no connection
 // (1,000 a second of each). A full table refuses what is new; only half-open
-// connections and those in TIME-WAIT make way.
+// connections, those in TIME-WAIT, and UDP flows that were never answered and have
+// been idle for 10 s make way. A UDP mapping has 256 destinations at most; where the
+// guest has not sent to for the longest time makes way.
 //
 // A Stack without a flow runs no goroutine. [Stack.Close] ends all of them.
 //
