@@ -16,7 +16,8 @@
 // checksums are completed, and the frame goes to the Writer. All of this happens
 // before HandlePacket returns, and nothing of it waits. ICMP echo and neighbour
 // solicitations are answered on the spot for any unicast address (icmp4.go,
-// icmp6.go). Fragments from the guest are counted and dropped.
+// icmp6.go). Fragments wait until their packet is whole (stack.go,
+// internal/reassembly), which is then handled as if it had come so.
 //
 // An unreadable IP packet is an error. Everything else that a guest can do
 // wrong is answered as its RFC says, or dropped and counted in [Stats].
@@ -102,15 +103,16 @@
 // half-open connections are bounded per namespace or listener (see [Config]), and
 // so are connections in TIME-WAIT (4,096 for each namespace), remembered guest addresses
 // (4,096 in all), and ICMP errors and resets for segments of no connection
-// (1,000 a second of each). A full table refuses what is new; only half-open
-// connections and those in TIME-WAIT make way.
+// (1,000 a second of each). Fragments take up to 1 MiB in all, and those of one
+// namespace up to 512 KiB and 64 packets, for 30 s (IPv4) or 60 s (IPv6). A full
+// table refuses what is new; only half-open connections, those in TIME-WAIT, and
+// packets of which fragments are missing make way.
 //
 // A Stack without a flow runs no goroutine. [Stack.Close] ends all of them.
 //
 // # Not supported
 //
-// Reassembly of fragments from the guest, router advertisements, ICMP errors from
-// the guest (but those about datagrams of DialContext), path MTU discovery, ECN
-// (its bits never break a handshake), and pings that leave for the host. Urgent
-// data is delivered in line.
+// Router advertisements, ICMP errors from the guest (but those about datagrams of
+// DialContext), path MTU discovery, ECN (its bits never break a handshake), and
+// pings that leave for the host. Urgent data is delivered in line.
 package slirp

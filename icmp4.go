@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/KarpelesLab/slirp/internal/reassembly"
 )
 
 // Types of ICMP for IPv4.
@@ -135,13 +137,20 @@ func (s *Stack) sendUnreachable(kind unreachable, quoted []byte, l *link) error 
 		s.count(icmpSuppressed)
 		return nil
 	}
-	if !s.icmpLimit.take(time.Now()) {
-		s.count(icmpRateLimited)
-		return nil
-	}
 	src := p.dst
 	if own, ok := s.cfg.address(p.version); ok && kind != unreachablePort {
 		src = own
+	}
+	typ, code := kind.message(p.version)
+	return s.sendError(&p, src, typ, code, 0, l)
+}
+
+// sendError sends an ICMP error about p from the address src, unless there were
+// many. The fourth to eighth byte of the message hold param.
+func (s *Stack) sendError(p *ipPacket, src ipAddr, typ, code uint8, param uint32, l *link) error {
+	if !s.icmpLimit.take(time.Now()) {
+		s.count(icmpRateLimited)
+		return nil
 	}
 	hl := frameHeaderLen(p.version)
 	quote := p.raw
@@ -151,10 +160,27 @@ func (s *Stack) sendUnreachable(kind unreachable, quoted []byte, l *link) error 
 	frame := s.newFrame(hl + icmpHeaderLen + len(quote))
 	m := frame[hl:]
 	clear(m[:icmpHeaderLen])
-	m[0], m[1] = kind.message(p.version)
+	m[0], m[1] = typ, code
+	binary.BigEndian.PutUint32(m[4:], param)
 	copy(m[icmpHeaderLen:], quote)
 	s.count(icmpErrors)
 	return s.sendICMP(l, p.version, src, p.src, defaultHopLimit, frame)
+}
+
+// sendTimeExceeded tells a guest that fragments of its packet did not come in
+// time, in the name of the destination that waited for them.
+func (s *Stack) sendTimeExceeded(e *reassembly.Expired) {
+	var p ipPacket
+	l, ok := s.linkTo(e.Key.Namespace, ipAddr(e.Key.Src).addr())
+	if !ok || parseQuoted(e.Front, &p) != nil || !mayReport(&p) {
+		s.count(icmpSuppressed)
+		return
+	}
+	typ := uint8(icmpTimeExceeded)
+	if p.version == 6 {
+		typ = icmpv6TimeExceeded
+	}
+	s.sendError(&p, p.dst, typ, 1, 0, &l)
 }
 
 // icmpErrorLen bounds the IP packet that carries an error. Both bounds are below

@@ -13,6 +13,8 @@ import (
 	"errors"
 	"math/rand/v2"
 	"net/netip"
+
+	"github.com/KarpelesLab/slirp/internal/reassembly"
 )
 
 // Protocol numbers, in the IPv4 protocol and the IPv6 next header field.
@@ -159,11 +161,20 @@ type ipPacket struct {
 
 	// A packet with one of these set is dropped, and its payload is not to be
 	// read as a transport header.
-	fragment    bool // part of a packet; an atomic fragment (RFC 6946) is not one
 	badChecksum bool // the IPv4 header checksum is neither right nor 0
 	malformed   bool // the extension headers cannot be followed to their end
 
-	fragOffset uint16 // of a fragment: where it belongs, in bytes
+	// fragment says that this is a part of a packet; its payload is to be read
+	// when that is whole. An atomic fragment (RFC 6946) is not one.
+	fragment   bool
+	fragMore   bool   // there are others behind it
+	headerCut  bool   // it is the first, and does not hold the whole header chain
+	fragOffset uint16 // where it belongs, in bytes
+	fragNext   uint16 // IPv6: the index in raw of the byte that announces the Fragment header
+	fragData   int    // the index in raw of what is behind the IPv4 or Fragment header
+	fragID     uint32
+
+	fragmented bool // it has a Fragment header, or was put together of fragments
 }
 
 // parseIP reads the IP header of b into p, and the extension headers behind it.
@@ -214,7 +225,11 @@ func (p *ipPacket) parse4(b []byte, cut bool) error {
 	}
 	frag := binary.BigEndian.Uint16(b[6:])
 	p.fragment = frag&(ipv4More|ipv4OffsetMask) != 0
+	p.fragmented = p.fragment
+	p.fragMore = frag&ipv4More != 0
 	p.fragOffset = frag & ipv4OffsetMask * 8
+	p.fragID = uint32(binary.BigEndian.Uint16(b[4:]))
+	p.fragData = ihl
 	return nil
 }
 
@@ -241,7 +256,7 @@ func (p *ipPacket) parse6(b []byte, cut bool) error {
 	p.ttl = b[7]
 	p.src = ipAddr(b[8:24])
 	p.dst = ipAddr(b[24:40])
-	if !p.walk(b[6]) {
+	if !p.walk(b[6], cut) {
 		p.malformed = true
 		p.proto = protoNone
 		p.payload = nil
@@ -255,24 +270,29 @@ func (p *ipPacket) parse6(b []byte, cut bool) error {
 //
 // Deviation: section 4.2 (an unknown option) and 4.4 (an unknown routing type)
 // want an ICMP Parameter Problem; the packet is dropped without one.
-func (p *ipPacket) walk(next uint8) bool {
+func (p *ipPacket) walk(next uint8, cut bool) bool {
 	b := p.raw[ipv6HeaderLen:]
+	at := 6 // the index in raw of next
 	for n := 0; ; n++ {
 		switch next {
 		case protoHopByHop, protoDestination, protoRouting, protoFragment:
 		default:
 			p.proto, p.payload = next, b
+			p.headerCut = p.fragment && !cut && len(b) < transportHeaderLen(next, b)
 			return true
 		}
-		if n == maxExtensionHeaders || len(b) < 8 {
+		if n == maxExtensionHeaders {
 			return false
+		}
+		// A first fragment must hold all headers (RFC 8200 section 4.5): that
+		// it does not is for whoever puts the packet together to say.
+		if len(b) < 8 || next != protoFragment && len(b) < 8+int(b[1])*8 {
+			p.proto, p.payload, p.headerCut = next, b, true
+			return p.fragment && !cut
 		}
 		size := 8
 		if next != protoFragment {
 			size += int(b[1]) * 8
-		}
-		if size > len(b) {
-			return false
 		}
 		switch next {
 		case protoHopByHop:
@@ -292,15 +312,68 @@ func (p *ipPacket) walk(next uint8) bool {
 				return false
 			}
 		case protoFragment:
+			p.fragmented = true
 			frag := binary.BigEndian.Uint16(b[2:])
+			if frag&^6 == 0 {
+				break // atomic: nothing is missing
+			}
+			if p.fragment {
+				return false // a fragment of a fragment
+			}
+			p.fragment = true
+			p.fragMore = frag&ipv6More != 0
 			p.fragOffset = frag &^ 7
-			p.fragment = p.fragment || p.fragOffset != 0 || frag&ipv6More != 0
+			p.fragID = binary.BigEndian.Uint32(b[4:])
+			p.fragNext = uint16(at)
+			p.fragData = len(p.raw) - len(b) + fragHeaderLen
 			if p.fragOffset != 0 {
 				p.proto, p.payload = b[0], b[size:]
 				return true
 			}
 		}
+		at = len(p.raw) - len(b)
 		next, b = b[0], b[size:]
+	}
+}
+
+// transportHeaderLen is how much of a packet its transport header takes, which
+// begins with b.
+func transportHeaderLen(proto uint8, b []byte) int {
+	switch proto {
+	case protoTCP:
+		if len(b) > 12 {
+			return max(20, int(b[12]>>4)*4)
+		}
+		return 20
+	case protoUDP:
+		return udpHeaderLen
+	case protoICMPv6:
+		return icmpHeaderLen
+	}
+	return 0
+}
+
+// reassemblyKey names the packet that p is a fragment of.
+func (p *ipPacket) reassemblyKey(ns uintptr) reassembly.Key {
+	key := reassembly.Key{Namespace: ns, Src: p.src, Dst: p.dst, ID: p.fragID, Version: p.version}
+	if p.version == 4 {
+		key.Proto = uint16(p.proto)
+	}
+	return key
+}
+
+// reassemblyFragment returns p as a fragment. Its slices are those of p.
+func (p *ipPacket) reassemblyFragment() reassembly.Fragment {
+	return reassembly.Fragment{
+		Header: p.raw[:p.fragData], NextHeader: int(p.fragNext), HeaderCut: p.headerCut,
+		Offset: int(p.fragOffset), More: p.fragMore, Data: p.raw[p.fragData:],
+	}
+}
+
+// completeHeader fills in the header checksum of a packet that was put together.
+func completeHeader(packet []byte) {
+	if packet[0]>>4 == 4 {
+		binary.BigEndian.PutUint16(packet[10:], IPChecksum(packet[:int(packet[0]&0x0f)*4]))
 	}
 }
 
