@@ -19,6 +19,13 @@
 // icmp6.go). Fragments wait until their packet is whole (stack.go,
 // internal/reassembly), which is then handled as if it had come so.
 //
+// To the guest the Stack is a router, one hop away, and everything behind it is
+// one hop further. A packet with a TTL or hop limit of 1 ends here: it is handled if
+// it is for one of the Stack's own addresses, a link-local one, or a listener; or
+// else answered with an ICMP Time Exceeded, so that a traceroute shows the Stack
+// first. A TTL of 0 is let pass. The hosts behind see packets of the operating
+// system, whose TTL has nothing to do with the guest's.
+//
 // An unreadable IP packet is an error. Everything else that a guest can do
 // wrong is answered as its RFC says, or dropped and counted in [Stats].
 //

@@ -8,7 +8,9 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -625,5 +627,121 @@ func FuzzICMP(f *testing.F) {
 		if len(frames) > 0 {
 			mustReassemble(t, frames, s.cfg.MTU)
 		}
+	})
+}
+
+// withTTL returns a packet with another TTL or hop limit, and without an IPv4
+// header checksum.
+func withTTL(packet []byte, ttl byte) []byte {
+	if packet[0]>>4 == 4 {
+		return patched(patched(packet, 8, ttl), 10, 0, 0)
+	}
+	return patched(packet, 7, ttl)
+}
+
+// The three kinds of traceroute: the first hop is the stack, the second one is the
+// destination.
+func TestN29_N56_Traceroute(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, h := newRig(t, Config{})
+		h.setDial(refuse(dialError(syscall.ECONNREFUSED)))
+		from, to := netip.AddrPortFrom(fam.guest, 1025), fam.at(33434)
+		echoType, exceeded, port := byte(8), [2]byte{11, 0}, [2]byte{3, 3}
+		if fam.version == 6 {
+			echoType, exceeded, port = 128, [2]byte{3, 0}, [2]byte{1, 4}
+		}
+		ping := refPacket(from.Addr(), to.Addr(), icmpProto(uint16(fam.version)), append([]byte{echoType, 0, 0, 0, 0, 7, 0, 1}, pattern(52)...), 2)
+		datagram := udpPacket(from, to, pattern(32))
+		g := m.openFrom(from, to)
+		syn := segment{src: from, dst: to, seq: g.iss, flags: flagS, win: 1000}.packet()
+		long := udpPacket(from, to, pattern(1400))
+
+		for _, packet := range [][]byte{ping, datagram, syn, long} {
+			probe := withTTL(packet, 1)
+			m.mustSend(probe)
+			msg := m.takeICMP()
+			if [2]byte{msg.typ, msg.code} != exceeded || msg.src != fam.stack || msg.dst != fam.guest {
+				t.Errorf("TTL 1: ICMP %d %d from %v to %v", msg.typ, msg.code, msg.src, msg.dst)
+			}
+			if limit := map[int]int{4: 576 - 28, 6: 1280 - 48}[fam.version]; !bytes.Equal(msg.body, probe[:min(len(probe), limit)]) {
+				t.Errorf("about %x, want %x", msg.body, probe)
+			}
+		}
+		if synctest.Wait(); len(h.dials()) != 0 {
+			t.Fatalf("dials %v", h.dials())
+		}
+		for _, ttl := range []byte{2, 0} {
+			m.mustSend(withTTL(ping, ttl))
+			if msg := m.takeICMP(); msg.typ != map[int]byte{4: 0, 6: 129}[fam.version] || msg.src != to.Addr() {
+				t.Errorf("TTL %d: ICMP %d from %v, want an echo reply", ttl, msg.typ, msg.src)
+			}
+			m.mustSend(withTTL(datagram, ttl))
+			if msg := m.takeICMP(); [2]byte{msg.typ, msg.code} != port || msg.src != to.Addr() {
+				t.Errorf("TTL %d: ICMP %d %d from %v, want port unreachable", ttl, msg.typ, msg.code, msg.src)
+			}
+			m.ttl = ttl
+			g.syn()
+			g.expectRST()
+			m.ttl = 0
+		}
+		if st := m.s.Stats(); st.DropHopLimit != 4 || st.ICMPErrors != 6 {
+			t.Errorf("%+v", st)
+		}
+		m.s.Close()
+	})
+}
+
+// What is for the stack itself gets there with a TTL of 1.
+func TestN29_HopLimitOfLocalPackets(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, h := newRig(t, Config{})
+		mustListen(t, m.s, "tcp", fam.at(80).String())
+		mustListen(t, m.s, "tcp", ":443")
+		m.ttl = 1
+		m.open(1025, fam.at(80)).connect()
+		m.open(1025, netip.AddrPortFrom(fam.other, 443)).connect()
+		proto, echo := icmpProto(uint16(fam.version)), []byte{8, 0, 0, 0, 0, 7, 0, 1}
+		local := netip.MustParseAddr("169.254.3.4")
+		if fam.version == 6 {
+			echo[0], local = 128, netip.MustParseAddr("fe80::2")
+		}
+		for _, to := range []netip.Addr{fam.stack, local} {
+			m.mustSend(withTTL(refPacket(fam.guest, to, proto, bytes.Clone(echo), 2), 1))
+			if msg := m.takeICMP(); msg.src != to || msg.typ != map[int]byte{4: 0, 6: 129}[fam.version] {
+				t.Errorf("ICMP %d from %v", msg.typ, msg.src)
+			}
+		}
+		// No error about any of these.
+		from := netip.AddrPortFrom(fam.guest, 1025)
+		for _, packet := range [][]byte{
+			udpPacket(from, netip.AddrPortFrom(fam.broadcast, 53), nil),
+			refPacket(fam.guest, fam.server, proto, []byte{3, 0, 0, 0, 0, 0, 0, 0}, 2),
+			refPacket(fam.guest, fam.server, 132, make([]byte, 40), -1),
+			refPacket(fam.guest, fam.server, 6, make([]byte, 4), -1),
+		} {
+			m.mustSend(withTTL(packet, 1))
+		}
+		m.quiet(time.Second)
+		if st := m.s.Stats(); st.DropHopLimit != 3 || st.DropAddress != 1 || st.ICMPErrors != 0 || len(h.dials()) != 0 {
+			t.Errorf("%+v", st)
+		}
+		m.s.Close()
+	})
+}
+
+// Fragments count as the packet that they are of.
+func TestN29_HopLimitOfFragments(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, _ := newRig(t, Config{})
+		fs := fragmentsOf(withTTL(udpPacket(netip.AddrPortFrom(fam.guest, 1025), fam.at(53), pattern(3000)), 1), 1400)
+		for _, f := range []int{2, 0, 1} {
+			m.quiet(time.Second)
+			m.mustSend(fs[f])
+		}
+		if msg := m.takeICMP(); msg.src != fam.stack || msg.code != 0 {
+			t.Errorf("ICMP %d %d from %v", msg.typ, msg.code, msg.src)
+		}
+		m.quiet(time.Second)
+		m.s.Close()
 	})
 }

@@ -453,6 +453,27 @@ func TestKernelPing(t *testing.T) {
 	})
 }
 
+// A traceroute of datagrams shows the stack and then the destination, which has
+// nobody at these ports; so does one of pings.
+func TestKernelTraceroute(t *testing.T) {
+	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
+		needRing(t, "busybox")
+		modes := [][]string{nil}
+		if r.network == "4" {
+			modes = append(modes, []string{"-I"})
+		}
+		for _, mode := range modes {
+			var out strings.Builder
+			args := append([]string{"traceroute", "-n", "-q", "2", "-w", "5", "-m", "4"}, mode...)
+			err := r.run(nil, &out, "busybox", append(args, r.server.String())...)
+			hops := strings.Split(strings.TrimSpace(out.String()), "\n")[1:]
+			if err != nil || len(hops) != 2 || !strings.Contains(hops[0], r.gateway.String()) || !strings.Contains(hops[1], r.server.String()) || strings.Contains(out.String(), "*") {
+				t.Errorf("traceroute %v: %v\n%s", mode, err, &out)
+			}
+		}
+	})
+}
+
 func TestKernelManyConnections(t *testing.T) {
 	const conns, size = 200, 256 << 10
 	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {

@@ -173,7 +173,7 @@ func (s *Stack) expireFragments() {
 	for _, e := range expired {
 		s.count(dropFragmentTimeout)
 		if e.Front != nil {
-			s.goroutines.Go(func() { s.sendTimeExceeded(&e) })
+			s.goroutines.Go(func() { s.sendReassemblyTimeout(&e) })
 		}
 	}
 }
@@ -214,6 +214,7 @@ const (
 	dropProtocol
 	dropTruncated
 	dropAddress
+	dropHopLimit
 	dropPort
 	dropFlags
 	dropNoAcceptSlot
@@ -259,6 +260,7 @@ type Stats struct {
 	DropProtocol     uint64 // not TCP, UDP or ICMP
 	DropTruncated    uint64 // the transport header is cut off or makes no sense
 	DropAddress      uint64 // an address that is not unicast
+	DropHopLimit     uint64 // TTL or hop limit 1, and a destination that is not the stack
 	DropPort         uint64 // port 0
 	DropFlags        uint64 // TCP flags that go with no state
 	DropNoAcceptSlot uint64 // a SYN to a listener with a full backlog
@@ -297,7 +299,7 @@ func (s *Stack) Stats() Stats {
 		DropMalformed: n(dropMalformed), DropChecksum: n(dropChecksum), DropFragment: n(dropFragment),
 		DropFragmentTimeout: n(dropFragmentTimeout), DropFragmentRoom: n(dropFragmentRoom),
 		PacketsReassembled: n(packetsReassembled),
-		DropProtocol:       n(dropProtocol), DropTruncated: n(dropTruncated), DropAddress: n(dropAddress),
+		DropProtocol:       n(dropProtocol), DropTruncated: n(dropTruncated), DropAddress: n(dropAddress), DropHopLimit: n(dropHopLimit),
 		DropPort: n(dropPort), DropFlags: n(dropFlags), DropNoAcceptSlot: n(dropNoAcceptSlot),
 		DropPendingDials: n(dropPendingDials), DropTooManyFlows: n(dropTooManyFlows), DropPolicy: n(dropPolicy),
 		DropUDPQueue: n(dropUDPQueue), DropUDPTooBig: n(dropUDPTooBig), DropWriter: n(dropWriter),

@@ -3,6 +3,7 @@ package slirp
 import (
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -279,6 +280,10 @@ func (s *Stack) HandlePacket(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte
 
 // handleTransport takes a packet that is whole.
 func (s *Stack) handleTransport(ns uintptr, p *ipPacket, l *link) error {
+	if p.ttl == 1 && !s.endsHere(p) {
+		s.count(dropHopLimit)
+		return s.sendHopLimitExceeded(p, l)
+	}
 	switch p.proto {
 	case protoTCP:
 		return s.handleTCP(ns, p, l)
@@ -295,6 +300,22 @@ func (s *Stack) handleTransport(ns uintptr, p *ipPacket, l *link) error {
 	}
 	s.count(dropProtocol)
 	return nil
+}
+
+// endsHere reports whether a packet goes no further than the Stack: to one of its
+// own addresses, to a listener, to an address of the guest's own link, or to more
+// than one host. Everything else is behind it, one hop away, and does not get
+// there with a TTL or hop limit of 1: "If the resulting TTL is zero […] the packet
+// must be discarded" (RFC 1812 section 5.3.1; RFC 8200 section 3).
+//
+// Deviation: a TTL of 0 passes, which nobody may send. There are guests without a
+// network stack of their own whose packets have it.
+func (s *Stack) endsHere(p *ipPacket) bool {
+	if !p.dst.isUnicast() || s.cfg.isOwn(p.dst) || p.dst.addr().IsLinkLocalUnicast() {
+		return true
+	}
+	return p.proto == protoTCP && len(p.payload) >= 4 &&
+		s.listening(&flowKey{host: p.dst, hostPort: binary.BigEndian.Uint16(p.payload[2:]), version: p.version})
 }
 
 // Fragments from the guest (RFC 791 section 3.2, RFC 8200 section 4.5) wait in a
