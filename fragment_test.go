@@ -91,7 +91,7 @@ func newFragmentRig(t *testing.T) *fragmentRig {
 func (r *fragmentRig) send(packet []byte) {
 	r.Helper()
 	b := bytes.Clone(packet)
-	err := r.s.HandlePacket(1, [6]byte{2, 1}, [6]byte{2, 2}, b, func(frame []byte) error {
+	err := r.s.HandlePacket(1, testLink.guest, testLink.gw, b, func(frame []byte) error {
 		r.frames = append(r.frames, frame)
 		return nil
 	})

@@ -31,6 +31,22 @@ const (
 	ndpOverride        = 0x20
 )
 
+// sendHeaderProblem tells the guest what is wrong with the extension headers of
+// its packet, in the name of the destination. "An ICMPv6 error message MUST NOT be
+// originated as a result of receiving […] a packet destined to an IPv6 multicast
+// address", but for the options that ask for it (RFC 4443 section 2.4 (e.3)).
+func (s *Stack) sendHeaderProblem(p *ipPacket, l *link) error {
+	src := p.dst
+	if p.dst.isMulticast() && p.problem.multicast {
+		src = s.routerFor(p)
+	}
+	if !p.src.isUnicast() || !src.isUnicast() {
+		s.count(icmpSuppressed)
+		return nil
+	}
+	return s.sendError(p, src, icmpv6ParameterProblem, p.problem.code, uint32(p.problem.pointer), l)
+}
+
 // sendFragmentProblem tells the guest what is wrong with an IPv6 fragment, if it
 // is to be told. IPv4 has no word for it.
 func (s *Stack) sendFragmentProblem(p *ipPacket, verdict reassembly.Verdict, l *link) error {

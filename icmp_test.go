@@ -745,3 +745,159 @@ func TestN29_HopLimitOfFragments(t *testing.T) {
 		m.s.Close()
 	})
 }
+
+// Extension headers that are not taken: RFC 8200 sections 4.1 to 4.4.
+func TestN39_N42_HeaderProblems(t *testing.T) {
+	group := func(packet []byte) []byte { return patched(packet, 24, testBytes("ff02::1")...) }
+	unknown := func(kind int) []byte { return ip6(60, 17, 0, 1, 1, 0, kind, 1, 0, udpHello) }
+	echo := ipBytes(128, 0, 0, 0, 0, 7, 0, 1)
+	var chain []byte
+	for range 100 {
+		chain = append(chain, extHeader(60, 0)...)
+	}
+	for _, tt := range []struct {
+		name    string
+		packet  []byte
+		code    int // of the Parameter Problem; -1: nothing is sent
+		pointer int
+		src     string // its source; "": the destination of the packet
+		dropped string // the counter, if not DropMalformed
+	}{
+		{name: "hop-by-hop second", packet: ip6(60, extHeader(0, 0), extHeader(17, 0), udpHello), code: 1, pointer: 40},
+		{name: "hop-by-hop third", packet: ip6(60, extHeader(43, 1), routingHeader(0, 0), extHeader(17, 0), udpHello), code: 1, pointer: 56},
+		{name: "hop-by-hop twice", packet: ip6(0, extHeader(0, 0), extHeader(17, 0), udpHello), code: 1, pointer: 40},
+		{name: "option 00", packet: unknown(0x3e), code: -1, dropped: "none"},
+		{name: "option 01", packet: unknown(0x7e), code: -1},
+		{name: "option 10", packet: unknown(0xbe), code: 2, pointer: 45},
+		{name: "option 11", packet: unknown(0xfe), code: 2, pointer: 45},
+		{name: "option 01 to a group", packet: group(unknown(0x7e)), code: -1},
+		{name: "option 10 to a group", packet: group(unknown(0xbe)), code: 2, pointer: 45, src: "fd00::2"},
+		{name: "option 11 to a group", packet: group(unknown(0xfe)), code: -1},
+		{name: "option 10 from nowhere", packet: patched(unknown(0xbe), 8, make([]byte, 16)...), code: -1},
+		{name: "option 10 behind option 11", packet: ip6(60, 17, 0, 0xc1, 0, 0x81, 0, 0, 0, udpHello), code: 2, pointer: 42},
+		{name: "option 10 of a ping", packet: ip6(60, 58, 0, 0xbe, 4, 0, 0, 0, 0, echo), code: 2, pointer: 42},
+		{name: "option 10 of an ICMP error", packet: ip6(60, 58, 0, 0xbe, 4, 0, 0, 0, 0, 3, 0, make([]byte, 60)), code: -1},
+		{name: "option 10, chain cut", packet: ip6(60, 60, 0, 0xbe, 4, 0, 0, 0, 0, 58, 9), code: -1},
+		{name: "option 10, next header unknown", packet: ip6(60, 200, 0, 0xbe, 4, 0, 0, 0, 0, udpHello), code: 2, pointer: 42},
+		{name: "option 10 of a first fragment", packet: ip6(60, 44, 0, 0xbe, 4, 0, 0, 0, 0, fragHeader(17, 0, true), udpHello, "567"), code: 2, pointer: 42},
+		{name: "option 10 of a second fragment", packet: ip6(60, 44, 0, 0xbe, 4, 0, 0, 0, 0, fragHeader(17, 8, true), udpHello, "567"), code: -1},
+		{name: "jumbo payload", packet: ip6(0, 17, 0, 0xc2, 4, 0, 1, 0, 0, udpHello), code: 2, pointer: 42},
+		{name: "option beyond its header", packet: ip6(60, 17, 0, 1, 5, 0, 0, 0, 0, udpHello), code: -1},
+		{name: "option 11 in the padding", packet: patched(ip6(60, 17, 0, 0xc1, 4, 0, 0, 0, 0, udpHello), 5, 7), code: -1},
+		{name: "routing type 0, a segment left", packet: ip6(43, routingHeader(17, 1), udpHello), code: 0, pointer: 42, dropped: "route"},
+		{name: "routing type 253, a segment left", packet: ip6(60, extHeader(43, 0), patched(routingHeader(17, 9), 2, 253), udpHello), code: 0, pointer: 50, dropped: "route"},
+		{name: "routing, used up", packet: ip6(43, patched(routingHeader(17, 0), 2, 253), udpHello), code: -1, dropped: "none"},
+		{name: "routing, a segment left, of an error", packet: ip6(43, routingHeader(58, 1), 1, make([]byte, 60)), code: -1, dropped: "route"},
+		{name: "100 headers", packet: ip6(60, chain, extHeader(17, 0), udpHello), code: -1},
+		{name: "an unknown protocol", packet: ip6(200, udpHello), code: -1, dropped: "none"},
+		{name: "no next header", packet: ip6(59, udpHello), code: -1, dropped: "none"},
+	} {
+		var frames [][]byte
+		s := New()
+		err := s.HandlePacket(1, testLink.guest, testLink.gw, bytes.Clone(tt.packet), func(frame []byte) error {
+			frames = append(frames, frame)
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		st := s.Stats()
+		want := map[string][2]uint64{"": {1, 0}, "route": {0, 1}, "none": {0, 0}}[tt.dropped]
+		if got := [2]uint64{st.DropMalformed, st.DropSourceRoute}; got != want {
+			t.Errorf("%s: dropped %v, want %v", tt.name, got, want)
+		}
+		s.Close()
+		if tt.code < 0 {
+			if len(frames) != 0 {
+				t.Errorf("%s: %x", tt.name, frames[0])
+			}
+			continue
+		}
+		p := mustReassemble(t, frames, 1500)
+		src := ipAddr(tt.packet[24:40])
+		if tt.src != "" {
+			src = testAddr(tt.src)
+		}
+		if p.src != src || p.dst != ipAddr(tt.packet[8:24]) {
+			t.Errorf("%s: from %v to %v", tt.name, p.src.addr(), p.dst.addr())
+		}
+		if want := ipBytes(4, tt.code, p.payload[2:4], 0, 0, 0, tt.pointer, tt.packet); !bytes.Equal(p.payload, want) {
+			t.Errorf("%s: % x, want % x", tt.name, p.payload, want)
+		}
+	}
+}
+
+// The options behind the Fragment header are those of the whole packet.
+func TestN39_HeaderProblemAfterReassembly(t *testing.T) {
+	r := newFragmentRig(t)
+	fs := fragmentsOf(ip6(60, 17, 0, 0xbe, 4, 0, 0, 0, 0, udpHello, make([]byte, 80)), 48)
+	for i, f := range fs {
+		if len(r.frames) != 0 {
+			t.Fatalf("an answer to %d fragments", i)
+		}
+		r.send(f)
+	}
+	p := mustReassemble(t, r.frames, 1500)
+	if !bytes.Equal(p.payload[:2], []byte{4, 2}) || p.payload[7] != 42 {
+		t.Errorf("% x", p.payload)
+	}
+}
+
+// Header problems are under the limit of all ICMP errors.
+func TestN39_HeaderProblemRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newFragmentRig(t)
+		for range 10000 {
+			r.send(ip6(43, routingHeader(17, 1), udpHello))
+		}
+		if st := r.s.Stats(); len(r.frames) != icmpErrorBurst || st.ICMPRateLimited != 10000-icmpErrorBurst || st.DropSourceRoute != 10000 {
+			t.Errorf("%d frames, %+v", len(r.frames), st)
+		}
+		r.s.Close()
+	})
+}
+
+func TestN30_IPv4Options(t *testing.T) {
+	echo := withChecksum(ip4(1, 8, 0, 0, 0, 0, 7, 0, 1, "ping"), 2)
+	with := func(options ...byte) []byte {
+		b := ipBytes(echo[:20], options, echo[20:])
+		b[0] = byte(0x45 + len(options)/4)
+		b[3] = byte(len(b))
+		return b
+	}
+	for _, tt := range []struct {
+		name    string
+		options []byte
+		dropped string
+	}{
+		{"none", nil, ""},
+		{"NOP", []byte{1, 1, 1, 1}, ""},
+		{"end of options, then anything", []byte{0, 131, 0, 7}, ""},
+		{"record route", []byte{7, 7, 4, 0, 0, 0, 0, 0}, ""},
+		{"timestamp", []byte{68, 8, 5, 0, 0, 0, 0, 0}, ""},
+		{"router alert", []byte{148, 4, 0, 0}, ""},
+		{"unknown", []byte{0x9e, 3, 0, 1}, ""},
+		{"40 bytes", append([]byte{7, 39, 4}, make([]byte, 37)...), ""},
+		{"loose source route", []byte{131, 7, 4, 10, 0, 2, 9, 0}, "route"},
+		{"strict source route", []byte{1, 137, 7, 4, 10, 0, 2, 9}, "route"},
+		{"loose source route, used up", []byte{131, 7, 8, 10, 0, 2, 9, 0}, "route"},
+		{"length 0", []byte{7, 0, 4, 0}, "malformed"},
+		{"length 1", []byte{7, 1, 4, 0}, "malformed"},
+		{"length beyond the header", []byte{7, 5, 4, 0}, "malformed"},
+		{"no length", []byte{1, 1, 1, 7}, "malformed"},
+		{"length 255", []byte{68, 255, 5, 0}, "malformed"},
+	} {
+		r := newFragmentRig(t)
+		r.send(with(tt.options...))
+		st := r.s.Stats()
+		want := map[string][3]uint64{"": {1, 0, 0}, "route": {0, 1, 0}, "malformed": {0, 0, 1}}[tt.dropped]
+		if got := [3]uint64{st.EchoReplies, st.DropSourceRoute, st.DropMalformed}; got != want || len(r.frames) != int(want[0]) {
+			t.Errorf("%s: %v, %d frames, want %v", tt.name, got, len(r.frames), want)
+		}
+		// The answer does not have the guest's options.
+		if len(r.frames) == 1 && (r.frames[0][14] != 0x45 || string(r.frames[0][14+20+8:]) != "ping") {
+			t.Errorf("%s: % x", tt.name, r.frames[0])
+		}
+		r.s.Close()
+	}
+}

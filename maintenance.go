@@ -207,6 +207,7 @@ type counter int
 const (
 	packetsIn counter = iota
 	dropMalformed
+	dropSourceRoute
 	dropChecksum
 	dropFragment
 	dropFragmentTimeout
@@ -249,9 +250,10 @@ type Stats struct {
 	PacketsIn uint64 // packets given to HandlePacket
 
 	// Packets and segments that were dropped, by reason.
-	DropMalformed uint64 // HandlePacket returned an error, or IPv6 headers made no sense
-	DropChecksum  uint64 // a checksum is wrong
-	DropFragment  uint64 // a fragment that overlaps, makes no sense, or has come before
+	DropMalformed   uint64 // HandlePacket returned an error, or IPv4 options or IPv6 headers made no sense
+	DropSourceRoute uint64 // an IPv4 source route, or an IPv6 routing header with segments left
+	DropChecksum    uint64 // a checksum is wrong
+	DropFragment    uint64 // a fragment that overlaps, makes no sense, or has come before
 
 	// Packets of which fragments came that were dropped, by reason.
 	DropFragmentTimeout uint64 // the others did not come in time
@@ -296,7 +298,7 @@ func (s *Stack) Stats() Stats {
 	n := func(c counter) uint64 { return s.counters[c].Load() }
 	st := Stats{
 		PacketsIn:     n(packetsIn),
-		DropMalformed: n(dropMalformed), DropChecksum: n(dropChecksum), DropFragment: n(dropFragment),
+		DropMalformed: n(dropMalformed), DropSourceRoute: n(dropSourceRoute), DropChecksum: n(dropChecksum), DropFragment: n(dropFragment),
 		DropFragmentTimeout: n(dropFragmentTimeout), DropFragmentRoom: n(dropFragmentRoom),
 		PacketsReassembled: n(packetsReassembled),
 		DropProtocol:       n(dropProtocol), DropTruncated: n(dropTruncated), DropAddress: n(dropAddress), DropHopLimit: n(dropHopLimit),

@@ -267,13 +267,27 @@ func (s *Stack) HandlePacket(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte
 	l := link{guest: clientMAC, gw: gwMAC, w: w}
 	switch {
 	case p.malformed:
-		s.count(dropMalformed)
+		return s.dropHeaders(&p, &l)
 	case p.badChecksum:
 		s.count(dropChecksum)
 	case p.fragment:
 		return s.handleFragment(namespace, &p, &l)
 	default:
 		return s.handleTransport(namespace, &p, &l)
+	}
+	return nil
+}
+
+// dropHeaders drops a packet whose options or extension headers are not taken, and
+// tells the guest if it is to be told.
+func (s *Stack) dropHeaders(p *ipPacket, l *link) error {
+	if p.sourceRoute {
+		s.count(dropSourceRoute)
+	} else {
+		s.count(dropMalformed)
+	}
+	if p.problem.set {
+		return s.sendHeaderProblem(p, l)
 	}
 	return nil
 }
@@ -371,9 +385,11 @@ func (s *Stack) handleReassembled(ns uintptr, packet []byte, l *link) error {
 	s.count(packetsReassembled)
 	var p ipPacket
 	completeHeader(packet)
-	if parseIP(packet, &p) != nil || p.malformed || p.fragment {
-		// The extension headers behind the Fragment header make no sense; or
-		// there is another, so that these were fragments of a fragment.
+	err := parseIP(packet, &p)
+	switch {
+	case err == nil && p.malformed:
+		return s.dropHeaders(&p, l)
+	case err != nil || p.fragment: // these were fragments of a fragment
 		s.count(dropMalformed)
 		return nil
 	}
