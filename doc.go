@@ -16,7 +16,15 @@
 // checksums are completed, and the frame goes to the Writer. All of this happens
 // before HandlePacket returns, and nothing of it waits. ICMP echo and neighbour
 // solicitations are answered on the spot for any unicast address (icmp4.go,
-// icmp6.go). Fragments from the guest are counted and dropped.
+// icmp6.go). Fragments wait until their packet is whole (stack.go,
+// internal/reassembly), which is then handled as if it had come so.
+//
+// To the guest the Stack is a router, one hop away, and everything behind it is
+// one hop further. A packet with a TTL or hop limit of 1 ends here: it is handled if
+// it is for one of the Stack's own addresses, a link-local one, or a listener; or
+// else answered with an ICMP Time Exceeded, so that a traceroute shows the Stack
+// first. A TTL of 0 is let pass. The hosts behind see packets of the operating
+// system, whose TTL has nothing to do with the guest's.
 //
 // An unreadable IP packet is an error. Everything else that a guest can do
 // wrong is answered as its RFC says, or dropped and counted in [Stats].
@@ -122,17 +130,18 @@
 // half-open connections are bounded per namespace or listener (see [Config]), and
 // so are connections in TIME-WAIT (4,096 for each namespace), remembered guest addresses
 // (4,096 in all), and ICMP errors and resets for segments of no connection
-// (1,000 a second of each). A full table refuses what is new; only half-open
-// connections, those in TIME-WAIT, and UDP flows that were never answered and have
-// been idle for 10 s make way. A UDP mapping has 256 destinations at most; where the
-// guest has not sent to for the longest time makes way.
+// (1,000 a second of each). Fragments take up to 1 MiB in all, and those of one
+// namespace up to 512 KiB and 64 packets, for 30 s (IPv4) or 60 s (IPv6). A UDP
+// mapping has 256 destinations at most. A full table refuses what is new; only
+// half-open connections, those in TIME-WAIT, UDP flows that were never answered and
+// have been idle for 10 s, the destination of a mapping where the guest has not sent
+// to for the longest time, and packets of which fragments are missing make way.
 //
 // A Stack without a flow runs no goroutine. [Stack.Close] ends all of them.
 //
 // # Not supported
 //
-// Reassembly of fragments from the guest, router advertisements, ICMP errors from
-// the guest (but those about datagrams of DialContext), path MTU discovery, ECN
-// (its bits never break a handshake), and pings that leave for the host. Urgent
-// data is delivered in line.
+// Router advertisements, ICMP errors from the guest (but those about datagrams of
+// DialContext), path MTU discovery, ECN (its bits never break a handshake), and
+// pings that leave for the host. Urgent data is delivered in line.
 package slirp

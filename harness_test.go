@@ -260,6 +260,7 @@ type machine struct {
 	faults int
 	sent   [][]byte // packets given to the Stack, if record is set
 	record bool
+	ttl    byte                     // of the segments of guests; 0: 64
 	hook   func(frame []byte) error // runs behind the checks; its error is the Writer's
 	ended  bool
 }
@@ -909,7 +910,11 @@ func (g *guest) give(seg segment) error {
 		f.inRST = false
 		g.mu.Unlock()
 	}()
-	return g.send(seg.packet())
+	packet := seg.packet()
+	if g.ttl != 0 {
+		packet = withTTL(packet, g.ttl)
+	}
+	return g.send(packet)
 }
 
 func (g *guest) must(err error) {

@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/KarpelesLab/slirp/internal/reassembly"
 )
 
 // Types of ICMP for IPv4.
@@ -135,13 +137,20 @@ func (s *Stack) sendUnreachable(kind unreachable, quoted []byte, l *link) error 
 		s.count(icmpSuppressed)
 		return nil
 	}
+	src := p.dst
+	if kind != unreachablePort {
+		src = s.routerFor(&p)
+	}
+	typ, code := kind.message(p.version)
+	return s.sendError(&p, src, typ, code, 0, l)
+}
+
+// sendError sends an ICMP error about p from the address src, unless there were
+// many. The fourth to eighth byte of the message hold param.
+func (s *Stack) sendError(p *ipPacket, src ipAddr, typ, code uint8, param uint32, l *link) error {
 	if !s.icmpLimit.take(time.Now()) {
 		s.count(icmpRateLimited)
 		return nil
-	}
-	src := p.dst
-	if own, ok := s.cfg.address(p.version); ok && kind != unreachablePort {
-		src = own
 	}
 	hl := frameHeaderLen(p.version)
 	quote := p.raw
@@ -151,10 +160,62 @@ func (s *Stack) sendUnreachable(kind unreachable, quoted []byte, l *link) error 
 	frame := s.newFrame(hl + icmpHeaderLen + len(quote))
 	m := frame[hl:]
 	clear(m[:icmpHeaderLen])
-	m[0], m[1] = kind.message(p.version)
+	m[0], m[1] = typ, code
+	binary.BigEndian.PutUint32(m[4:], param)
 	copy(m[icmpHeaderLen:], quote)
 	s.count(icmpErrors)
 	return s.sendICMP(l, p.version, src, p.src, defaultHopLimit, frame)
+}
+
+// timeExceededType is the type of a Time Exceeded.
+func timeExceededType(version uint16) uint8 {
+	if version == 4 {
+		return icmpTimeExceeded
+	}
+	return icmpv6TimeExceeded
+}
+
+// sendReassemblyTimeout tells a guest that fragments of its packet did not come in
+// time, in the name of the destination that waited for them.
+func (s *Stack) sendReassemblyTimeout(e *reassembly.Expired) {
+	var p ipPacket
+	l, ok := s.linkTo(e.Key.Namespace, ipAddr(e.Key.Src).addr())
+	if !ok || parseQuoted(e.Front, &p) != nil || !mayReport(&p) {
+		s.count(icmpSuppressed)
+		return
+	}
+	s.sendError(&p, p.dst, timeExceededType(p.version), 1, 0, &l)
+}
+
+// sendHopLimitExceeded tells a guest that its packet got no further than the
+// Stack, as the first router of a traceroute says. It is said of what a traceroute
+// sends: TCP, UDP and echo requests. What would not be answered with a greater
+// TTL is not answered.
+func (s *Stack) sendHopLimitExceeded(p *ipPacket, l *link) error {
+	traces := p.proto == protoTCP || p.proto == protoUDP || isEchoRequest(p)
+	if !traces || len(p.payload) < icmpHeaderLen || !mayReport(p) {
+		s.count(icmpSuppressed)
+		return nil
+	}
+	return s.sendError(p, s.routerFor(p), timeExceededType(p.version), 0, 0, l)
+}
+
+// isEchoRequest reports whether p is a ping.
+func isEchoRequest(p *ipPacket) bool {
+	request := byte(ICMPv6TypeEchoRequest)
+	if p.version == 4 {
+		request = icmpEchoRequest
+	}
+	return p.proto == icmpProto(p.version) && len(p.payload) > 0 && p.payload[0] == request
+}
+
+// routerFor returns the address that the Stack reports from, as the router it is;
+// without one of its own, the destination of p.
+func (s *Stack) routerFor(p *ipPacket) ipAddr {
+	if own, ok := s.cfg.address(p.version); ok {
+		return own
+	}
+	return p.dst
 }
 
 // icmpErrorLen bounds the IP packet that carries an error. Both bounds are below

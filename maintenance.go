@@ -6,6 +6,9 @@ import (
 	"maps"
 	"slices"
 	"sync/atomic"
+	"time"
+
+	"github.com/KarpelesLab/slirp/internal/reassembly"
 )
 
 // What bounds a Stack: the accounts of the namespaces, TIME-WAIT, counters, and
@@ -116,6 +119,10 @@ func (s *Stack) Close() error {
 	s.flows, s.accounts = nil, make(map[uintptr]*account)
 	s.guests, s.routes = nil, nil
 	draining := slices.Collect(maps.Keys(s.draining))
+	s.fragments = reassembly.New(reassembly.Limits{}) // Stats looks at it
+	if s.fragmentTimer != nil {
+		s.fragmentTimer.Stop()
+	}
 	s.mu.Unlock()
 
 	s.cancel()
@@ -130,6 +137,49 @@ func (s *Stack) Close() error {
 	}
 	s.goroutines.Wait()
 	return nil
+}
+
+// setFragmentTimer has expireFragments called when a packet is due, and not at
+// all while there is none. The caller holds s.mu.
+func (s *Stack) setFragmentTimer(now time.Time) {
+	d := s.fragments.Deadline()
+	switch {
+	case d.IsZero():
+		if s.fragmentTimer != nil {
+			s.fragmentTimer.Stop()
+			s.fragmentsDue = time.Time{}
+		}
+	case s.fragmentsDue.IsZero() || d.Before(s.fragmentsDue):
+		s.fragmentsDue = d
+		if s.fragmentTimer == nil {
+			s.fragmentTimer = time.AfterFunc(d.Sub(now), s.expireFragments)
+		} else {
+			s.fragmentTimer.Reset(d.Sub(now))
+		}
+	}
+}
+
+// expireFragments forgets the packets whose fragments did not come in time, and
+// tells the guests. A Writer that blocks delays no other guest.
+func (s *Stack) expireFragments() {
+	s.mu.Lock()
+	if s.closed.Load() {
+		s.mu.Unlock()
+		return
+	}
+	s.goroutines.Add(1)
+	defer s.goroutines.Done()
+	now := time.Now()
+	s.fragmentsDue = time.Time{}
+	expired := s.fragments.Expire(now)
+	s.setFragmentTimer(now)
+	s.mu.Unlock()
+	for _, e := range expired {
+		s.count(dropFragmentTimeout)
+		if e.Front != nil {
+			s.goroutines.Go(func() { s.sendReassemblyTimeout(&e) })
+		}
+	}
 }
 
 // drain keeps hold of a flow that the table has forgotten while it still writes
@@ -161,11 +211,15 @@ type counter int
 const (
 	packetsIn counter = iota
 	dropMalformed
+	dropSourceRoute
 	dropChecksum
 	dropFragment
+	dropFragmentTimeout
+	dropFragmentRoom
 	dropProtocol
 	dropTruncated
 	dropAddress
+	dropHopLimit
 	dropPort
 	dropFlags
 	dropNoAcceptSlot
@@ -179,6 +233,7 @@ const (
 	dropWriter
 	dropICMPType
 	dropNeighbor
+	packetsReassembled
 	icmpErrors
 	icmpSuppressed
 	icmpRateLimited
@@ -202,12 +257,19 @@ type Stats struct {
 	PacketsIn uint64 // packets given to HandlePacket
 
 	// Packets and segments that were dropped, by reason.
-	DropMalformed    uint64 // HandlePacket returned an error, or IPv6 headers made no sense
-	DropChecksum     uint64 // a checksum is wrong
-	DropFragment     uint64 // a fragment: they are not reassembled
+	DropMalformed   uint64 // HandlePacket returned an error, or IPv4 options or IPv6 headers made no sense
+	DropSourceRoute uint64 // an IPv4 source route, or an IPv6 routing header with segments left
+	DropChecksum    uint64 // a checksum is wrong
+	DropFragment    uint64 // a fragment that overlaps, makes no sense, or has come before
+
+	// Packets of which fragments came that were dropped, by reason.
+	DropFragmentTimeout uint64 // the others did not come in time
+	DropFragmentRoom    uint64 // they made way for later ones
+
 	DropProtocol     uint64 // not TCP, UDP or ICMP
 	DropTruncated    uint64 // the transport header is cut off or makes no sense
 	DropAddress      uint64 // an address that is not unicast
+	DropHopLimit     uint64 // TTL or hop limit 1, and a destination that is not the stack
 	DropPort         uint64 // port 0
 	DropFlags        uint64 // TCP flags that go with no state
 	DropNoAcceptSlot uint64 // a SYN to a listener with a full backlog
@@ -221,6 +283,8 @@ type Stats struct {
 	DropWriter       uint64 // a frame for which the Writer returned an error
 	DropICMPType     uint64 // an ICMP message that is not for the stack
 	DropNeighbor     uint64 // a neighbour solicitation that is not valid or not for the stack
+
+	PacketsReassembled uint64 // packets put together of fragments
 
 	ICMPErrors       uint64 // ICMP errors sent
 	ICMPSuppressed   uint64 // ICMP errors not sent, because the RFC forbids them
@@ -237,6 +301,7 @@ type Stats struct {
 	FlowsReclaimed uint64 // UDP flows that made way for new ones, idle and never answered
 
 	TCPFlows, UDPFlows, PendingDials, TimeWait int // now, over all namespaces
+	PendingFragments                           int // packets now of which fragments are missing
 }
 
 // Stats returns the counters. They are read one by one, not at one instant.
@@ -244,8 +309,10 @@ func (s *Stack) Stats() Stats {
 	n := func(c counter) uint64 { return s.counters[c].Load() }
 	st := Stats{
 		PacketsIn:     n(packetsIn),
-		DropMalformed: n(dropMalformed), DropChecksum: n(dropChecksum), DropFragment: n(dropFragment),
-		DropProtocol: n(dropProtocol), DropTruncated: n(dropTruncated), DropAddress: n(dropAddress),
+		DropMalformed: n(dropMalformed), DropSourceRoute: n(dropSourceRoute), DropChecksum: n(dropChecksum), DropFragment: n(dropFragment),
+		DropFragmentTimeout: n(dropFragmentTimeout), DropFragmentRoom: n(dropFragmentRoom),
+		PacketsReassembled: n(packetsReassembled),
+		DropProtocol:       n(dropProtocol), DropTruncated: n(dropTruncated), DropAddress: n(dropAddress), DropHopLimit: n(dropHopLimit),
 		DropPort: n(dropPort), DropFlags: n(dropFlags), DropNoAcceptSlot: n(dropNoAcceptSlot),
 		DropPendingDials: n(dropPendingDials), DropTooManyFlows: n(dropTooManyFlows), DropPolicy: n(dropPolicy),
 		DropUDPQueue: n(dropUDPQueue), DropUDPTooBig: n(dropUDPTooBig), DropWriter: n(dropWriter),
@@ -259,6 +326,7 @@ func (s *Stack) Stats() Stats {
 	}
 	s.mu.RLock()
 	defer s.mu.RUnlock()
+	st.PendingFragments = s.fragments.Len()
 	for _, a := range s.accounts {
 		st.TCPFlows += a.tcp
 		st.UDPFlows += a.udp

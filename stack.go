@@ -3,6 +3,7 @@ package slirp
 import (
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"github.com/KarpelesLab/slirp/internal/egress"
+	"github.com/KarpelesLab/slirp/internal/reassembly"
 )
 
 // Errors that [Stack.HandlePacket] returns for a packet that is not an IP packet
@@ -325,6 +327,10 @@ type Stack struct {
 	guests    map[guestKey]link
 	routes    map[uintptr][]route
 	draining  map[*tcpConn]struct{} // gone from flows, still writing to their hosts
+
+	fragments     *reassembly.Reassembler
+	fragmentTimer *time.Timer // for the deadline of fragments; set while there are any
+	fragmentsDue  time.Time   // when fragmentTimer fires; zero: it does not
 }
 
 // New returns a Stack with the default settings. It runs no goroutine until a
@@ -353,6 +359,7 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 		guests:    make(map[guestKey]link),
 		routes:    make(map[uintptr][]route),
 		draining:  make(map[*tcpConn]struct{}),
+		fragments: reassembly.New(reassembly.Limits{}),
 	}
 	rand.Read(s.isnSecret[:])
 	s.ctx, s.cancel = context.WithCancel(context.Background())
@@ -378,27 +385,134 @@ func (s *Stack) HandlePacket(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte
 	l := link{guest: clientMAC, gw: gwMAC, w: w}
 	switch {
 	case p.malformed:
-		s.count(dropMalformed)
+		return s.dropHeaders(&p, &l)
 	case p.badChecksum:
 		s.count(dropChecksum)
 	case p.fragment:
-		s.count(dropFragment)
-	case p.proto == protoTCP:
-		return s.handleTCP(namespace, &p, &l)
-	case p.proto == protoUDP:
-		return s.handleUDP(namespace, &p, &l)
-	case p.proto == icmpProto(p.version):
-		if p.src.isUnicast() {
-			s.learn(guestKey{namespace, p.src, uintptr(p.version)}, &l)
-		}
-		if s.reportToDialer(namespace, &p) {
-			return nil
-		}
-		return s.handleICMP(&p, &l)
+		return s.handleFragment(namespace, &p, &l)
 	default:
-		s.count(dropProtocol)
+		return s.handleTransport(namespace, &p, &l)
 	}
 	return nil
+}
+
+// dropHeaders drops a packet whose options or extension headers are not taken, and
+// tells the guest if it is to be told.
+func (s *Stack) dropHeaders(p *ipPacket, l *link) error {
+	if p.sourceRoute {
+		s.count(dropSourceRoute)
+	} else {
+		s.count(dropMalformed)
+	}
+	if p.problem.set {
+		return s.sendHeaderProblem(p, l)
+	}
+	return nil
+}
+
+// handleTransport takes a packet that is whole.
+func (s *Stack) handleTransport(ns uintptr, p *ipPacket, l *link) error {
+	if p.ttl == 1 && !s.endsHere(p) {
+		s.count(dropHopLimit)
+		return s.sendHopLimitExceeded(p, l)
+	}
+	switch p.proto {
+	case protoTCP:
+		return s.handleTCP(ns, p, l)
+	case protoUDP:
+		return s.handleUDP(ns, p, l)
+	case icmpProto(p.version):
+		if p.src.isUnicast() {
+			s.learn(guestKey{ns, p.src, uintptr(p.version)}, l)
+		}
+		if s.reportToDialer(ns, p) {
+			return nil
+		}
+		return s.handleICMP(p, l)
+	}
+	s.count(dropProtocol)
+	return nil
+}
+
+// endsHere reports whether a packet goes no further than the Stack: to one of its
+// own addresses, to a listener, to an address of the guest's own link, or to more
+// than one host. Everything else is behind it, one hop away, and does not get
+// there with a TTL or hop limit of 1: "If the resulting TTL is zero […] the packet
+// must be discarded" (RFC 1812 section 5.3.1; RFC 8200 section 3).
+//
+// Deviation: a TTL of 0 passes, which nobody may send. There are guests without a
+// network stack of their own whose packets have it.
+func (s *Stack) endsHere(p *ipPacket) bool {
+	if !p.dst.isUnicast() || s.cfg.isOwn(p.dst) || p.dst.addr().IsLinkLocalUnicast() {
+		return true
+	}
+	return p.proto == protoTCP && len(p.payload) >= 4 &&
+		s.listening(&flowKey{host: p.dst, hostPort: binary.BigEndian.Uint16(p.payload[2:]), version: p.version})
+}
+
+// Fragments from the guest (RFC 791 section 3.2, RFC 8200 section 4.5) wait in a
+// Reassembler under Stack.mu. What is done with a packet is decided when it is
+// whole; a packet of fragments is handled by the HandlePacket that brings the last
+// of them.
+
+// handleFragment takes a fragment, and the packet that it completes, if it does.
+// The error is the Writer's.
+func (s *Stack) handleFragment(ns uintptr, p *ipPacket, l *link) error {
+	// Nothing that would take the whole packet takes one that is not from and to
+	// one host.
+	if !p.src.isUnicast() || !p.dst.isUnicast() {
+		s.count(dropAddress)
+		return nil
+	}
+	if p.fragOffset == 0 {
+		// Where a Time Exceeded goes, which is about this fragment.
+		s.learn(guestKey{ns, p.src, uintptr(p.version)}, l)
+	}
+	packet, verdict, err := s.reassemble(time.Now(), ns, p)
+	switch {
+	case err != nil:
+		return err
+	case packet != nil:
+		return s.handleReassembled(ns, packet, l)
+	case verdict != reassembly.Pending:
+		s.count(dropFragment)
+		return s.sendFragmentProblem(p, verdict, l)
+	}
+	return nil
+}
+
+// reassemble hands a fragment to the Reassembler.
+func (s *Stack) reassemble(now time.Time, ns uintptr, p *ipPacket) ([]byte, reassembly.Verdict, error) {
+	key, f := p.reassemblyKey(ns), p.reassemblyFragment()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed.Load() {
+		return nil, 0, ErrStackClosed
+	}
+	evicted := s.fragments.Evicted()
+	packet, verdict := s.fragments.Add(now, key, f)
+	if n := s.fragments.Evicted() - evicted; n > 0 {
+		s.counters[dropFragmentRoom].Add(n)
+	}
+	s.setFragmentTimer(now)
+	return packet, verdict, nil
+}
+
+// handleReassembled takes a packet that was put together.
+func (s *Stack) handleReassembled(ns uintptr, packet []byte, l *link) error {
+	s.count(packetsReassembled)
+	var p ipPacket
+	completeHeader(packet)
+	err := parseIP(packet, &p)
+	switch {
+	case err == nil && p.malformed:
+		return s.dropHeaders(&p, l)
+	case err != nil || p.fragment: // these were fragments of a fragment
+		s.count(dropMalformed)
+		return nil
+	}
+	p.fragmented = true
+	return s.handleTransport(ns, &p, l)
 }
 
 // AddRoute says where DialContext sends packets for guests of the namespace
