@@ -26,6 +26,11 @@
 // first. A TTL of 0 is let pass. The hosts behind see packets of the operating
 // system, whose TTL has nothing to do with the guest's.
 //
+// Packets to the guest are as long as the MTU. Where a part of the guest's network
+// takes less and says so (ICMP fragmentation needed, packet too big), the TCP flow
+// sends again what was in flight, in shorter segments, and datagrams to that guest
+// leave in shorter fragments for ten minutes.
+//
 // An unreadable IP packet is an error. Everything else that a guest can do
 // wrong is answered as its RFC says, or dropped and counted in [Stats].
 //
@@ -141,7 +146,8 @@
 //
 // # Not supported
 //
-// Router advertisements, ICMP errors from the guest (but those about datagrams of
-// DialContext), path MTU discovery, ECN (its bits never break a handshake), and
-// pings that leave for the host. Urgent data is delivered in line.
+// Router advertisements, ICMP errors from the guest for the host (what counts are
+// those about connections of DialContext, and about packets that are too long), ECN
+// (its bits never break a handshake), and pings that leave for the host. Urgent data
+// is delivered in line.
 package slirp

@@ -22,6 +22,7 @@ const (
 	icmpEchoRequest        = 8
 	icmpTimeExceeded       = 11
 	icmpParameterProblem   = 12
+	icmpFragNeeded         = 4    // the code of an icmpUnreachable
 	icmpHeaderLen          = 8    // of every message that is read or sent, in both families
 	icmpv4ErrorLen         = 576  // RFC 1812 section 4.3.2.3: an error with its IP header is no longer
 	icmpv6ErrorLen         = 1280 // RFC 4443 section 2.4 (c): "the minimum IPv6 MTU"
@@ -86,13 +87,14 @@ func (s *Stack) replyEcho(p *ipPacket, l *link, reply uint8) error {
 // of frame, in fragments if it is longer than the MTU.
 func (s *Stack) sendICMP(l *link, version uint16, src, dst ipAddr, hop uint8, frame []byte) error {
 	proto := icmpProto(version)
-	if len(frame)-etherHeaderLen <= s.cfg.MTU {
+	mtu := s.mtuTo(guestKey{l.ns, dst, uintptr(version)})
+	if len(frame)-etherHeaderLen <= mtu {
 		finishFrameHop(frame, l, version, proto, src, dst, hop)
 		return s.send(l, frame)
 	}
 	message := frame[frameHeaderLen(version):]
 	emit := func(frame []byte) error { return s.send(l, frame) }
-	return emitDatagram(l, version, proto, src, dst, message, s.cfg.MTU, hop, s.newFrame, emit)
+	return emitDatagram(l, version, proto, src, dst, message, mtu, hop, s.newFrame, emit)
 }
 
 // unreachable is the reason of a Destination Unreachable.
@@ -289,27 +291,104 @@ func (b *tokenBucket) take(now time.Time) bool {
 	}
 }
 
-// reportToDialer takes an ICMP error of the namespace that is about a packet of
-// DialContext, and gives it to the connection. It reports false for any other
-// message.
-func (s *Stack) reportToDialer(ns uintptr, p *ipPacket) bool {
+// takeError takes an ICMP error of the namespace that is about a packet that a
+// flow has sent: one that came to no one, of DialContext; or one that was too long
+// for the guest's side of the network. It reports false for any other message. The
+// error is that of the Writer.
+//
+// The message must have a right checksum, quote the ports, and name a flow that is
+// there. Its own source does not matter, which may be any router; nor do checksums
+// inside of the quote (RFC 5508 section 4.2).
+func (s *Stack) takeError(ns uintptr, p *ipPacket) (took bool, err error) {
 	var q ipPacket
-	kind, ok := unreachableOf(p)
-	if !ok || parseQuoted(p.payload[icmpHeaderLen:], &q) != nil || q.malformed ||
-		q.fragOffset != 0 || len(q.payload) < 8 || !checksumOK(p, p.payload) {
-		return false
+	kind, unreached := unreachableOf(p)
+	size, tooBig := tooBigOf(p)
+	if !unreached && !tooBig || parseQuoted(p.payload[icmpHeaderLen:], &q) != nil || q.malformed ||
+		q.version != p.version || q.fragOffset != 0 || len(q.payload) < 8 || !checksumOK(p, p.payload) {
+		return false, nil
 	}
 	be := binary.BigEndian
-	switch f := s.lookup(&flowKey{
+	f := s.lookup(&flowKey{
 		ns: ns, guest: q.dst, host: q.src, proto: uint16(q.proto), version: q.version,
 		guestPort: be.Uint16(q.payload[2:]), hostPort: be.Uint16(q.payload),
-	}).(type) {
-	case *udpFlow:
-		return f.icmpError(kind)
-	case *tcpConn:
-		return f.icmpError(kind, be.Uint32(q.payload[4:]))
+	})
+	if tooBig {
+		return s.takeTooBig(f, &q, size)
 	}
-	return false
+	switch f := f.(type) {
+	case *udpFlow:
+		return f.icmpError(kind), nil
+	case *tcpConn:
+		return f.icmpError(kind, be.Uint32(q.payload[4:])), nil
+	}
+	return false, nil
+}
+
+// takeTooBig takes the news that the packet q of a flow was too long, and that the
+// network has room for size bytes.
+func (s *Stack) takeTooBig(f flow, q *ipPacket, size int) (took bool, err error) {
+	if size == 0 {
+		// A router from before RFC 1191, section 3, does not tell its MTU.
+		size = plateauBelow(int(binary.BigEndian.Uint16(q.raw[2:])))
+	}
+	size = max(size, pathMTUFloor(q.version))
+	switch f := f.(type) {
+	case *udpFlow:
+		took = s.learnPath(f.key.guestKey(), size)
+	case *tcpConn:
+		took, err = f.pathMTU(size, binary.BigEndian.Uint32(q.payload[4:]))
+		if took {
+			s.learnPath(f.key.guestKey(), size)
+		}
+	}
+	if took {
+		s.count(pathMTUs)
+	}
+	return took, err
+}
+
+// tooBigOf returns the size that an ICMP message says to be the longest, if it
+// says so: 0 if it does not know it. A size that every link must take is no size
+// (RFC 791 section 3.2, RFC 8201 section 4).
+func tooBigOf(p *ipPacket) (size int, ok bool) {
+	if len(p.payload) < icmpHeaderLen {
+		return 0, false
+	}
+	if p.version == 4 {
+		size = int(binary.BigEndian.Uint16(p.payload[6:]))
+		ok = p.payload[0] == icmpUnreachable && p.payload[1] == icmpFragNeeded
+		return size, ok && (size == 0 || size >= ipv4MinMTU)
+	}
+	size = int(min(binary.BigEndian.Uint32(p.payload[4:]), maxIPLength))
+	return size, p.payload[0] == icmpv6TooBig && size >= ipv6MinMTU
+}
+
+const (
+	ipv4MinMTU = 68   // RFC 791 section 3.2
+	ipv6MinMTU = 1280 // RFC 8200 section 5
+
+	// ipv4PathFloor bounds what is believed of an IPv4 path: nobody makes the
+	// Stack cut its data to crumbs (Linux: net.ipv4.route.min_pmtu).
+	ipv4PathFloor = 552
+)
+
+// pathMTUFloor is the smallest path MTU that is taken.
+func pathMTUFloor(version uint16) int {
+	if version == 4 {
+		return ipv4PathFloor
+	}
+	return ipv6MinMTU
+}
+
+// plateauBelow returns the next size below n that links are known to have (RFC
+// 1191 section 7.1, and the minimum of IPv6).
+func plateauBelow(n int) int {
+	for _, size := range [...]int{32000, 17914, 8166, 4352, 2002, 1492, 1280, 1006, 508, 296} {
+		if size < n {
+			return size
+		}
+	}
+	return ipv4MinMTU
 }
 
 // unreachableOf returns what an ICMP message says to be unreachable.

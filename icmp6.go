@@ -16,6 +16,7 @@ const (
 	ICMPv6TypeNeighborAdvertisement = 136
 
 	icmpv6Unreachable      = 1
+	icmpv6TooBig           = 2
 	icmpv6TimeExceeded     = 3
 	icmpv6ParameterProblem = 4
 	icmpv6Redirect         = 137

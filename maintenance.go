@@ -117,7 +117,7 @@ func (s *Stack) Close() error {
 	s.listeners = nil
 	flows := s.flows
 	s.flows, s.accounts = nil, make(map[uintptr]*account)
-	s.guests, s.routes = nil, nil
+	s.guests, s.paths, s.routes = nil, nil, nil
 	draining := slices.Collect(maps.Keys(s.draining))
 	s.fragments = reassembly.New(reassembly.Limits{}) // Stats looks at it
 	if s.fragmentTimer != nil {
@@ -234,6 +234,7 @@ const (
 	dropICMPType
 	dropNeighbor
 	packetsReassembled
+	pathMTUs
 	icmpErrors
 	icmpSuppressed
 	icmpRateLimited
@@ -285,6 +286,7 @@ type Stats struct {
 	DropNeighbor     uint64 // a neighbour solicitation that is not valid or not for the stack
 
 	PacketsReassembled uint64 // packets put together of fragments
+	PathMTUs           uint64 // ICMP messages of the guest's side that made packets to it shorter
 
 	ICMPErrors       uint64 // ICMP errors sent
 	ICMPSuppressed   uint64 // ICMP errors not sent, because the RFC forbids them
@@ -311,8 +313,8 @@ func (s *Stack) Stats() Stats {
 		PacketsIn:     n(packetsIn),
 		DropMalformed: n(dropMalformed), DropSourceRoute: n(dropSourceRoute), DropChecksum: n(dropChecksum), DropFragment: n(dropFragment),
 		DropFragmentTimeout: n(dropFragmentTimeout), DropFragmentRoom: n(dropFragmentRoom),
-		PacketsReassembled: n(packetsReassembled),
-		DropProtocol:       n(dropProtocol), DropTruncated: n(dropTruncated), DropAddress: n(dropAddress), DropHopLimit: n(dropHopLimit),
+		PacketsReassembled: n(packetsReassembled), PathMTUs: n(pathMTUs),
+		DropProtocol: n(dropProtocol), DropTruncated: n(dropTruncated), DropAddress: n(dropAddress), DropHopLimit: n(dropHopLimit),
 		DropPort: n(dropPort), DropFlags: n(dropFlags), DropNoAcceptSlot: n(dropNoAcceptSlot),
 		DropPendingDials: n(dropPendingDials), DropTooManyFlows: n(dropTooManyFlows), DropPolicy: n(dropPolicy),
 		DropUDPQueue: n(dropUDPQueue), DropUDPTooBig: n(dropUDPTooBig), DropWriter: n(dropWriter),

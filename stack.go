@@ -319,12 +319,14 @@ type Stack struct {
 	slabs      sync.Pool      // of *slab
 	goroutines sync.WaitGroup // that Close waits for
 	closed     atomic.Bool    // set under mu
+	numPaths   atomic.Int32   // len(paths)
 
 	mu        sync.RWMutex
 	flows     map[flowKey]flow
 	accounts  map[uintptr]*account
 	listeners map[listenKey]*Listener
 	guests    map[guestKey]link
+	paths     map[guestKey]path // where packets must be shorter than the MTU
 	routes    map[uintptr][]route
 	draining  map[*tcpConn]struct{} // gone from flows, still writing to their hosts
 
@@ -357,6 +359,7 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 		accounts:  make(map[uintptr]*account),
 		listeners: make(map[listenKey]*Listener),
 		guests:    make(map[guestKey]link),
+		paths:     make(map[guestKey]path),
 		routes:    make(map[uintptr][]route),
 		draining:  make(map[*tcpConn]struct{}),
 		fragments: reassembly.New(reassembly.Limits{}),
@@ -382,7 +385,7 @@ func (s *Stack) HandlePacket(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte
 	if s.closed.Load() {
 		return ErrStackClosed
 	}
-	l := link{guest: clientMAC, gw: gwMAC, w: w}
+	l := link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace}
 	switch {
 	case p.malformed:
 		return s.dropHeaders(&p, &l)
@@ -425,8 +428,8 @@ func (s *Stack) handleTransport(ns uintptr, p *ipPacket, l *link) error {
 		if p.src.isUnicast() {
 			s.learn(guestKey{ns, p.src, uintptr(p.version)}, l)
 		}
-		if s.reportToDialer(ns, p) {
-			return nil
+		if took, err := s.takeError(ns, p); took {
+			return err
 		}
 		return s.handleICMP(p, l)
 	}
@@ -525,7 +528,7 @@ func (s *Stack) AddRoute(namespace uintptr, prefix netip.Prefix, clientMAC, gwMA
 	if w == nil {
 		return fmt.Errorf("slirp: AddRoute: no Writer")
 	}
-	r := route{prefix.Masked(), link{clientMAC, gwMAC, w}}
+	r := route{prefix.Masked(), link{clientMAC, gwMAC, w, namespace}}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed.Load() {

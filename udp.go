@@ -637,7 +637,7 @@ func (f *udpFlow) emit(b *datagramBuffer, n int, from ipAddr, port uint16) error
 	be.PutUint16(d[2:], f.key.guestPort)
 	be.PutUint16(d[4:], uint16(len(d)))
 	mem := s.getSlab()
-	err := emitDatagram(&l, f.key.version, protoUDP, from, f.key.guest, d, s.cfg.MTU, defaultHopLimit,
+	err := emitDatagram(&l, f.key.version, protoUDP, from, f.key.guest, d, s.mtuTo(f.key.guestKey()), defaultHopLimit,
 		func(n int) []byte {
 			frame := mem.room(n)
 			if s.cfg.ReuseFrames {

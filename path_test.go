@@ -1,0 +1,270 @@
+package slirp
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"slices"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// tooBig is the message of a router that a packet of the stack was too long.
+func tooBig(fam family, from netip.Addr, mtu int, packet []byte) []byte {
+	b := []byte{3, 4, 0, 0, 0, 0, byte(mtu >> 8), byte(mtu)}
+	if fam.version == 6 {
+		b[0], b[1] = 2, 0
+	}
+	return refPacket(from, fam.stack, icmpProto(uint16(fam.version)), append(b, packet[:min(len(packet), 80)]...), 2)
+}
+
+// segments is what the guest got, as packets that the stack has sent.
+func (g *guest) segments() (packets [][]byte) {
+	synctest.Wait()
+	for _, seg := range g.drop() {
+		packets = append(packets, seg.packet())
+	}
+	return packets
+}
+
+func longest(packets [][]byte) (n int) {
+	for _, p := range packets {
+		n = max(n, len(p))
+	}
+	return n
+}
+
+// pathSizes are those of messages, and what they make of packets of 1500 bytes.
+var pathSizes = map[int][][2]int{
+	4: {{0, 1492}, {1, 1500}, {67, 1500}, {68, 552}, {551, 552}, {552, 552}, {576, 576}, {1400, 1400}, {1499, 1499}, {1500, 1500}, {9000, 1500}},
+	6: {{0, 1500}, {68, 1500}, {1279, 1500}, {1280, 1280}, {1400, 1400}, {1499, 1499}, {1500, 1500}, {9000, 1500}},
+}
+
+// A segment that does not get through is sent again at once, as short as it has
+// to be.
+func TestT148_N48_PacketTooBigTCP(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		router := fam.other
+		for i, size := range pathSizes[fam.version] {
+			m, h := newRig(t, Config{})
+			g := m.open(uint16(1025+i), fam.at(80))
+			g.connect()
+			far := h.accept()
+			data := pattern(20000)
+			far.Write(data)
+			sent := g.segments()
+			if longest(sent) != 1500 {
+				t.Fatalf("packets of %d bytes", longest(sent))
+			}
+			start := time.Now()
+			m.mustSend(tooBig(fam, router, size[0], sent[0]))
+			again := g.segments()
+			if size[1] == 1500 {
+				if len(again) != 0 {
+					t.Errorf("MTU %d: sends again", size[0])
+				}
+				m.mustSend(tooBig(fam, router, 1400, sent[0]))
+				again = g.segments()
+			} else if longest(again) != size[1] {
+				t.Errorf("MTU %d: packets of %d bytes, want %d", size[0], longest(again), size[1])
+			}
+			if len(again) < 10 || time.Since(start) != 0 {
+				t.Errorf("MTU %d: %d segments after %v", size[0], len(again), time.Since(start))
+			}
+			m.s.Close()
+		}
+	})
+}
+
+// All of the data arrives, in packets that a way of 1300 bytes takes, if its router
+// says so.
+func TestT148_TransferOverSmallerPath(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, h := newRig(t, Config{})
+		g := m.open(1025, fam.at(80))
+		g.connect()
+		var told atomic.Int32
+		m.setHook(func(frame []byte) error {
+			if len(frame) > 14+1300 {
+				told.Add(1)
+				packet := slices.Clone(frame[14:])
+				go m.send(tooBig(fam, fam.other, 1300, packet))
+				return errDatagramTooLong
+			}
+			return nil
+		})
+		far := h.accept()
+		data := pattern(300000)
+		go far.Write(data)
+		var got []byte
+		for len(got) < len(data) {
+			seg, ok := g.next(patience)
+			if !ok {
+				t.Fatalf("%d bytes, then nothing", len(got))
+			}
+			if g.seqOf(seg) == g.rcv { // the rest comes again
+				got = append(got, seg.payload...)
+				g.rcv += uint32(len(seg.payload))
+			}
+			g.raw(".", g.nxt, g.rcv, nil, nil) // the Writer's error may come back
+		}
+		if !slices.Equal(got, data) {
+			t.Error("other data")
+		}
+		if st := m.s.Stats(); st.PathMTUs != 1 || told.Load() == 0 || told.Load() > 11 {
+			t.Errorf("%d messages, %+v", told.Load(), st)
+		}
+		m.s.Close()
+	})
+}
+
+// What a guest can have the stack send by such messages is bounded.
+func TestT148_ManyPacketsTooBig(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, h := newRig(t, Config{})
+		g := m.open(1025, fam.at(80))
+		g.connect()
+		far := h.accept()
+		far.Write(pattern(14000))
+		sent := g.segments()
+		m.mu.Lock()
+		before := m.frames
+		m.mu.Unlock()
+		for i := range 10000 {
+			m.mustSend(tooBig(fam, fam.other, 1499-i%2000, sent[0]))
+		}
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if n := m.frames - before; n > (maxShortened+1)*14000/500 {
+			t.Errorf("%d frames", n)
+		}
+		if st := m.s.Stats(); st.PathMTUs > maxShortened+1 {
+			t.Errorf("%d of them taken", st.PathMTUs)
+		}
+	})
+}
+
+// A message counts only if it is about something that was sent.
+func TestT148_PacketTooBigIgnored(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, h := newRig(t, Config{})
+		g := m.open(1025, fam.at(80))
+		g.connect()
+		h.accept().Write(pattern(5000))
+		sent := g.segments()
+		hl := map[int]int{4: 20, 6: 40}[fam.version]
+		quote := func(change func(q []byte)) []byte {
+			q := slices.Clone(sent[0])
+			change(q)
+			return tooBig(fam, fam.other, 1400, q)
+		}
+		good := quote(func([]byte) {})
+		bad := slices.Clone(good)
+		bad[len(bad)-1] ^= 1
+		for name, packet := range map[string][]byte{
+			"checksum":       bad,
+			"old sequence":   quote(func(q []byte) { binary.BigEndian.PutUint32(q[hl+4:], binary.BigEndian.Uint32(q[hl+4:])-1) }),
+			"later sequence": quote(func(q []byte) { binary.BigEndian.PutUint32(q[hl+4:], binary.BigEndian.Uint32(q[hl+4:])+5000) }),
+			"another port":   quote(func(q []byte) { q[hl+1]++ }),
+			"guest's packet": quote(func(q []byte) { copy(q[hl:], []byte{q[hl+2], q[hl+3], q[hl], q[hl+1]}) }),
+			"UDP":            quote(func(q []byte) { q[map[int]int{4: 9, 6: 6}[fam.version]] = 17 }),
+			"cut":            refPacket(fam.other, fam.stack, icmpProto(uint16(fam.version)), good[hl:hl+8+hl+7], 2),
+			"no quote":       refPacket(fam.other, fam.stack, icmpProto(uint16(fam.version)), good[hl:hl+8], 2),
+		} {
+			m.mustSend(packet)
+			if again := g.segments(); len(again) != 0 {
+				t.Errorf("%s: sends again", name)
+			}
+		}
+		m.ns = 7
+		m.mustSend(good)
+		m.ns = 0
+		if again := g.segments(); len(again) != 0 {
+			t.Error("of another namespace: sends again")
+		}
+		m.mustSend(good)
+		if again := g.segments(); longest(again) != 1400 {
+			t.Error("the good one is ignored")
+		}
+		m.s.Close()
+	})
+}
+
+// Datagrams to a guest behind a smaller MTU are fragmented to fit it, for ten
+// minutes.
+func TestN48_PacketTooBigUDP(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		for _, size := range pathSizes[fam.version] {
+			g, h := newUDPRig(t, fam, Config{UDPIdleTimeout: -1})
+			g.say("hello")
+			host := h.accept()
+			data := string(pattern(4000))
+			largest := func() int {
+				t.Helper()
+				host.give(data)
+				n := 0
+				synctest.Wait()
+				g.frameMu.Lock()
+				for _, f := range g.arrived {
+					n = max(n, len(f)-14)
+				}
+				g.mtu = n // of mustReassemble: all but the last are full
+				g.frameMu.Unlock()
+				if got := g.hearAt(g.from.Port()); got != data {
+					t.Errorf("got %d bytes", len(got))
+				}
+				g.mtu = 1500
+				return n
+			}
+			floor := func(n int) int { // fragments carry multiples of 8
+				headers := map[int]int{4: 20, 6: 48}[fam.version]
+				return headers + (n-headers)&^7
+			}
+			if n := largest(); n != floor(1500) {
+				t.Fatalf("packets of %d bytes", n)
+			}
+			reply := udpPacket(g.to, g.from, pattern(1472-map[int]int{4: 0, 6: 20}[fam.version]))
+			g.mustSend(tooBig(fam, fam.other, size[0], reply))
+			if n := largest(); n != floor(size[1]) {
+				t.Errorf("MTU %d: packets of %d bytes, want %d", size[0], n, floor(size[1]))
+			}
+			time.Sleep(10*time.Minute - 1)
+			if n := largest(); n != floor(size[1]) {
+				t.Errorf("MTU %d, in ten minutes: packets of %d bytes, want %d", size[0], n, floor(size[1]))
+			}
+			time.Sleep(1)
+			if n := largest(); n != floor(1500) {
+				t.Errorf("MTU %d, after ten minutes: packets of %d bytes", size[0], n)
+			}
+			if n := g.s.numPaths.Load(); n != 0 {
+				t.Errorf("%d paths are remembered", n)
+			}
+			g.s.Close()
+		}
+	})
+}
+
+// Paths are remembered for a bounded number of guests, and only those with a flow.
+func TestN48_PathsBounded(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		g, _ := newUDPRig(t, fam, Config{MaxUDPFlows: -1, MaxPendingDials: -1})
+		about := func(guest netip.Addr) []byte {
+			return tooBig(fam, fam.other, 1300, udpPacket(g.to, netip.AddrPortFrom(guest, 4000), pattern(1000)))
+		}
+		g.mustSend(about(fam.guest))
+		if n := g.s.numPaths.Load(); n != 0 {
+			t.Fatalf("%d paths without a flow", n)
+		}
+		guest := fam.guest
+		for range 3 * maxPaths {
+			guest = guest.Next()
+			g.mustSend(udpPacket(netip.AddrPortFrom(guest, 4000), g.to, nil))
+			g.mustSend(about(guest))
+		}
+		if n := g.s.numPaths.Load(); n != maxPaths || len(g.s.paths) != maxPaths {
+			t.Errorf("%d paths", n)
+		}
+		g.s.Close()
+	})
+}
