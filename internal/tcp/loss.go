@@ -55,7 +55,7 @@ type lossState struct {
 	limited int64 // bytes sent by limited transmit since the first duplicate ACK
 	rtxDue  bool  // the first segment goes out whatever pipe says
 
-	cut     int64 // nxt when cwnd was last reduced for a loss
+	cut int64 // nxt when cwnd was last reduced for a loss
 
 	// Tail loss probe, RFC 8985 section 7.
 	tailDue   bool  // a probe is to be sent
