@@ -81,10 +81,30 @@
 // a goroutine that exists while datagrams wait for it, up to 64. What finds no
 // room is dropped. Answers of any size go to the guest, in fragments above the
 // MTU. Errors of the socket become ICMP errors, and the flow lives on until it
-// has been idle for UDPIdleTimeout.
+// has been idle for UDPIdleTimeout. Flows to port 53 that were answered have 10 s:
+// a resolver opens one for each question.
+//
+// With [UDPMappingEndpoint] the flow is all that the guest sends from one address
+// and port, a mapping (udp.go). Allow is asked about each new destination on
+// a goroutine of its own, which keeps that destination's datagrams waiting and no
+// other's. The first one that may pass opens the host socket, by
+// [Config.ListenPacket], and its goroutine goes on as the reader. The socket is not
+// connected. What comes to it goes to the guest with its real source, if the guest
+// has sent to that address, on any port, within UDPIdleTimeout; else it is dropped.
+// Only datagrams of the guest to where it may send keep the mapping. An error of a
+// write is about its datagram and answered as above; the refusal of a closed port is
+// not among them, as operating systems do not report it to such a socket. Config.Dial
+// has no part in this, so a mapping of addresses that it does is not done here.
 //
 // The UDP connections of [Stack.DialContext] are flows of the same table, with
 // the program in place of a host socket. They do not expire.
+//
+// # Who may go where
+//
+// The stack has no policy: a guest reaches what the host does, also the host's
+// loopback address and services that trust the host. Config.Allow is the place for
+// one, for every flow of every protocol; [Guard] is one that keeps a guest from the
+// host itself.
 //
 // # Ownership
 //
@@ -116,9 +136,11 @@
 // so are connections in TIME-WAIT (4,096 for each namespace), remembered guest addresses
 // (4,096 in all), and ICMP errors and resets for segments of no connection
 // (1,000 a second of each). Fragments take up to 1 MiB in all, and those of one
-// namespace up to 512 KiB and 64 packets, for 30 s (IPv4) or 60 s (IPv6). A full
-// table refuses what is new; only half-open connections, those in TIME-WAIT, and
-// packets of which fragments are missing make way.
+// namespace up to 512 KiB and 64 packets, for 30 s (IPv4) or 60 s (IPv6). A UDP
+// mapping has 256 destinations at most. A full table refuses what is new; only
+// half-open connections, those in TIME-WAIT, UDP flows that were never answered and
+// have been idle for 10 s, the destination of a mapping where the guest has not sent
+// to for the longest time, and packets of which fragments are missing make way.
 //
 // A Stack without a flow runs no goroutine. [Stack.Close] ends all of them.
 //

@@ -105,6 +105,8 @@ func (s *Stack) removeLocked(key *flowKey, f flow) {
 			return
 		}
 		c.leaveListener()
+	} else if f, ok := f.(*udpFlow); ok {
+		s.keepLocked(f)
 	}
 	*a.flows(key.proto)--
 	s.release(key.ns)

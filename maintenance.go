@@ -19,6 +19,10 @@ type account struct {
 	tcp, udp int
 	dials    int        // calls of Allow and Dial under way
 	timeWait *list.List // of *tcpConn, the oldest first; nil until needed
+
+	// NAT flows of UDP that the host has not answered, *udpFlow: the first one is
+	// the first to make way.
+	unanswered list.List
 }
 
 // flows returns the counter of a protocol.
@@ -224,6 +228,8 @@ const (
 	dropPolicy
 	dropUDPQueue
 	dropUDPTooBig
+	dropUDPFilter
+	dropUDPHost
 	dropWriter
 	dropICMPType
 	dropNeighbor
@@ -239,6 +245,7 @@ const (
 	flowsAccepted
 	flowsDialed
 	flowsRefused
+	flowsReclaimed
 	numCounters
 )
 
@@ -272,6 +279,8 @@ type Stats struct {
 	DropPolicy       uint64 // Allow or Dial returned ErrDrop
 	DropUDPQueue     uint64 // a datagram that found no room in a queue
 	DropUDPTooBig    uint64 // a datagram that is too long for the host's network, or for an IP packet
+	DropUDPFilter    uint64 // a datagram for a mapping from an address that the guest has not sent to
+	DropUDPHost      uint64 // a datagram of a mapping that the host's socket did not take
 	DropWriter       uint64 // a frame for which the Writer returned an error
 	DropICMPType     uint64 // an ICMP message that is not for the stack
 	DropNeighbor     uint64 // a neighbour solicitation that is not valid or not for the stack
@@ -291,6 +300,8 @@ type Stats struct {
 	FlowsDialed   uint64 // host connections and sockets opened
 	FlowsRefused  uint64 // flows that Allow or Dial refused, or that timed out
 
+	FlowsReclaimed uint64 // UDP flows that made way for new ones, idle and never answered
+
 	TCPFlows, UDPFlows, PendingDials, TimeWait int // now, over all namespaces
 	PendingFragments                           int // packets now of which fragments are missing
 }
@@ -307,11 +318,13 @@ func (s *Stack) Stats() Stats {
 		DropPort: n(dropPort), DropFlags: n(dropFlags), DropNoAcceptSlot: n(dropNoAcceptSlot),
 		DropPendingDials: n(dropPendingDials), DropTooManyFlows: n(dropTooManyFlows), DropPolicy: n(dropPolicy),
 		DropUDPQueue: n(dropUDPQueue), DropUDPTooBig: n(dropUDPTooBig), DropWriter: n(dropWriter),
+		DropUDPFilter: n(dropUDPFilter), DropUDPHost: n(dropUDPHost),
 		DropICMPType: n(dropICMPType), DropNeighbor: n(dropNeighbor),
 		ICMPErrors: n(icmpErrors), ICMPSuppressed: n(icmpSuppressed), ICMPRateLimited: n(icmpRateLimited),
 		EchoReplies: n(echoReplies), NeighborReplies: n(neighborReplies),
 		StrayResets: n(strayResets), StrayRateLimited: n(strayRateLimited),
 		FlowsAccepted: n(flowsAccepted), FlowsDialed: n(flowsDialed), FlowsRefused: n(flowsRefused),
+		FlowsReclaimed: n(flowsReclaimed),
 	}
 	s.mu.RLock()
 	defer s.mu.RUnlock()

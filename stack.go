@@ -11,8 +11,10 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
+	"github.com/KarpelesLab/slirp/internal/egress"
 	"github.com/KarpelesLab/slirp/internal/reassembly"
 )
 
@@ -60,6 +62,29 @@ type Flow struct {
 	Destination netip.AddrPort // where the guest wants to go
 }
 
+// UDPMapping says which datagrams of a guest leave through the same host socket.
+type UDPMapping int
+
+const (
+	// UDPMappingPerFlow gives every flow, a guest's port and one destination, a
+	// connected host socket of its own. Only that destination can answer. What
+	// becomes of a datagram is known: a closed port is reported to the guest.
+	UDPMappingPerFlow UDPMapping = iota
+
+	// UDPMappingEndpoint gives everything that a guest sends from one address and
+	// port, whatever the destination, the same host socket (RFC 4787 REQ-1). All
+	// destinations see the same port of the host, as STUN, WebRTC and games need
+	// it. Any address that the guest has sent to within UDPIdleTimeout may send to
+	// it, from any port (REQ-8: address-dependent filtering); other datagrams are
+	// dropped. Only datagrams of the guest keep a mapping and its destinations:
+	// those who answer cannot hold it open (REQ-6).
+	//
+	// The host sockets come from [Config.ListenPacket], not from Dial: they are not
+	// connected, and operating systems do not report to such a socket that a port
+	// is closed. A guest hears of what the host knows at once: no route, prohibited.
+	UDPMappingEndpoint
+)
+
 // Config holds the settings of a [Stack]. The zero value has the classic
 // defaults. A zero field means its default; a negative timeout or limit means
 // that there is none.
@@ -80,7 +105,13 @@ type Config struct {
 
 	// UDPIdleTimeout is how long a UDP flow may be silent before it is
 	// forgotten and its host socket is closed. Default 60 s; negative: never.
+	// RFC 4787 REQ-5 recommends 5 minutes. Flows to port 53 that were answered
+	// are forgotten after 10 s at the latest.
 	UDPIdleTimeout time.Duration
+
+	// UDPMapping says which datagrams share a host socket. Default
+	// [UDPMappingPerFlow].
+	UDPMapping UDPMapping
 
 	// DialTimeout bounds one call of Allow and Dial. Default 30 s; negative: none.
 	DialTimeout time.Duration
@@ -94,8 +125,10 @@ type Config struct {
 	// apart. Default 16384; negative: no limit.
 	MaxTCPFlows int
 
-	// MaxUDPFlows bounds the UDP flows of one namespace. Default 4096;
-	// negative: no limit.
+	// MaxUDPFlows bounds the UDP flows of one namespace; with
+	// UDPMappingEndpoint, its mappings. Default 4096; negative: no limit. Beyond
+	// it a flow that was never answered and has been idle for 10 s makes way for
+	// a new one, the oldest first; without such a flow the new one is refused.
 	MaxUDPFlows int
 
 	// MaxPendingDials bounds the flows of one namespace whose host connection
@@ -113,18 +146,31 @@ type Config struct {
 	Backlog int
 
 	// Allow is asked once for every flow that would leave for the host, before
-	// anything is opened for it. Nil lets every flow pass. The kind of error
+	// anything is opened for it. Nil lets every flow pass, to the host itself and
+	// its loopback address too: [Guard] has a policy that does not. The kind of error
 	// decides what the guest sees: see [ErrProhibited], [ErrDrop] and the table
 	// in the package documentation. It is called on a goroutine of its own and
 	// may block until ctx ends, which is when the guest gives up, DialTimeout
 	// has passed, or the Stack is closed.
 	Allow func(ctx context.Context, f Flow) error
 
-	// Dial opens the host's side of a flow; network is "tcp" or "udp", address
+	// Dial opens the host's side of a flow, but of those of UDP with
+	// UDPMappingEndpoint; network is "tcp" or "udp", address
 	// an IP and port. Nil uses a [net.Dialer]. [FlowFromContext] tells which
 	// guest asks. It is called on a goroutine of its own, under the context of
 	// Allow, and the Stack closes what it returns.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+
+	// ListenPacket opens the host socket of a UDP mapping, if UDPMapping is
+	// UDPMappingEndpoint; network is "udp4" or "udp6", address ":0". Nil uses a
+	// [net.ListenConfig]. It is called like Dial, once for each mapping, and
+	// FlowFromContext tells the flow that was the first. Datagrams are written to
+	// the very address that the guest has sent them to: 127.0.0.1 is the host's own
+	// if Allow lets it pass, and 10.0.2.2 is none of the Stack's. An address is
+	// mapped to another by a PacketConn that does so both ways, in WriteTo and
+	// ReadFrom. An error of WriteTo is about its datagram only; a socket that is of
+	// no more use says so in ReadFrom.
+	ListenPacket func(ctx context.Context, network, address string) (net.PacketConn, error)
 
 	// ReuseFrames promises that the Writer does not keep a frame after it
 	// returns, and makes the Stack use the memory again.
@@ -133,6 +179,72 @@ type Config struct {
 	// Logger is told of flows that are opened, refused and closed, at debug
 	// level, never per packet. Nil logs nothing.
 	Logger *slog.Logger
+}
+
+// Guard is a policy that keeps a guest from the host itself, and from what only the
+// host should talk to. It refuses, with [ErrProhibited]:
+//
+//   - loopback addresses, 0.0.0.0/8 and "::", which are loopback addresses by another
+//     name;
+//   - the addresses of the host's interfaces as they are when a flow begins, or were
+//     less than a second before, and all of a network on the loopback interface;
+//   - link-local addresses, and the others where providers of virtual machines have
+//     their metadata services;
+//   - multicast and broadcast, those of the host's networks too;
+//   - every address that one of these is written in: as IPv4-mapped, IPv4-compatible
+//     and IPv4-translated, NAT64 (64:ff9b::/96), 6to4, Teredo and ISATAP; and all of
+//     64:ff9b:1::/48, the local NAT64 prefix.
+//
+// Everything else may pass, the rest of the host's networks and private addresses
+// among it. Listeners of the Stack are not concerned. If the addresses of the host
+// cannot be read, everything is refused but what Except has.
+//
+// The zero value is ready for use, and its methods may be called concurrently:
+//
+//	guard := new(slirp.Guard)
+//	slirp.Config{
+//		Allow: guard.Allow,
+//		Dial:  (&net.Dialer{Control: guard.Control}).DialContext,
+//	}
+//
+// It does not know of addresses that reach the host by other ways: those that a
+// router, a firewall rule or a local route leads to it, and those of a translator
+// with a prefix of its own (NAT64, 6rd).
+type Guard struct {
+	// Except lists what may pass nevertheless. An address in which another one is
+	// written passes if that one does. It is not to be changed while the Guard is
+	// in use.
+	Except []netip.Prefix
+
+	host egress.Host
+}
+
+// Allow is for [Config.Allow]. It judges the destination as the guest names it: what
+// Dial makes of that is for Control to judge.
+func (g *Guard) Allow(ctx context.Context, f Flow) error { return g.Check(f.Destination.Addr()) }
+
+// Control is for the Control field of a [net.Dialer] in [Config.Dial]. It judges the
+// address that is really dialled, after every mapping of addresses and look-up of
+// names. (Datagrams of UDPMappingEndpoint go to the very address that Allow has
+// judged, unless a PacketConn maps it: that can ask Check.)
+func (g *Guard) Control(network, address string, c syscall.RawConn) error {
+	a, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return fmt.Errorf("%w: %v", ErrProhibited, err)
+	}
+	return g.Check(a.Addr())
+}
+
+// Check judges one address, for policies of which this is a part. The error is
+// [ErrProhibited] or nil.
+func (g *Guard) Check(a netip.Addr) error {
+	if !a.IsValid() {
+		return fmt.Errorf("%w: not an address", ErrProhibited)
+	}
+	if why := g.host.Refuse(a, g.Except); why != "" {
+		return fmt.Errorf("%w: %v is refused: %s", ErrProhibited, a, why)
+	}
+	return nil
 }
 
 // withDefaults returns cfg with its zero fields set, or an error that names the
@@ -165,6 +277,9 @@ func (cfg Config) withDefaults() (Config, error) {
 	if cfg.Dial == nil {
 		cfg.Dial = new(net.Dialer).DialContext
 	}
+	if cfg.ListenPacket == nil {
+		cfg.ListenPacket = new(net.ListenConfig).ListenPacket
+	}
 	return cfg, cfg.validate()
 }
 
@@ -177,6 +292,9 @@ func (cfg *Config) validate() error {
 	}
 	if cfg.ReceiveBuffer < 4096 || cfg.ReceiveBuffer > 1<<30 {
 		return fmt.Errorf("slirp: Config.ReceiveBuffer: %d is not between 4096 and 1 GiB", cfg.ReceiveBuffer)
+	}
+	if cfg.UDPMapping != UDPMappingPerFlow && cfg.UDPMapping != UDPMappingEndpoint {
+		return fmt.Errorf("slirp: Config.UDPMapping: %d is unknown", cfg.UDPMapping)
 	}
 	for _, a := range cfg.Addresses {
 		if !a.IsValid() || a.IsUnspecified() || a.IsMulticast() || a.Zone() != "" {
