@@ -380,3 +380,60 @@ func TestN43_S16_FairShares(t *testing.T) {
 		}
 	})
 }
+
+// What an ICMP error quotes is read with its options; checksums in it are not.
+func TestN21_QuotedHeaders(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		hl := map[int]int{4: 20, 6: 40}[fam.version]
+		insert := func(q, options []byte) []byte {
+			q = slices.Concat(q[:hl], options, q[hl:])
+			if fam.version == 4 {
+				q[0] += byte(len(options) / 4)
+			} else {
+				q[6] = 60
+			}
+			return q
+		}
+		nop, lie := []byte{1, 1, 1, 0}, []byte{7, 40, 4, 0}
+		if fam.version == 6 {
+			nop, lie = []byte{6, 0, 1, 4, 0, 0, 0, 0}, []byte{6, 0, 1, 40, 0, 0, 0, 0}
+		}
+		for _, tt := range []struct {
+			name   string
+			change func(q []byte) []byte
+			taken  bool
+		}{
+			{"as it was", func(q []byte) []byte { return q }, true},
+			{"transport checksum", func(q []byte) []byte { q[hl+16] ^= 0xff; return q }, true},
+			{"IP checksum, or flow label", func(q []byte) []byte { q[map[int]int{4: 10, 6: 3}[fam.version]] ^= 0xff; return q }, true},
+			{"options", func(q []byte) []byte { return insert(q, nop) }, true},
+			{"options that lie", func(q []byte) []byte { return insert(q, lie) }, false},
+			{"IHL beyond it, or another version", func(q []byte) []byte {
+				q[0] = map[int]byte{4: 0x4f, 6: 0x50}[fam.version]
+				return q[:hl+16]
+			}, false},
+			{"another version", func(q []byte) []byte { q[0] ^= 0x20; return q }, false},
+			{"second fragment", func(q []byte) []byte {
+				if fam.version == 4 {
+					q[7] = 1
+					return q
+				}
+				q[6] = 44
+				return slices.Concat(q[:40], []byte{6, 0, 0, 8, 0, 0, 0, 1}, q[40:])
+			}, false},
+			{"cut in the IP header", func(q []byte) []byte { return q[:hl-1] }, false},
+			{"cut in the ports", func(q []byte) []byte { return q[:hl+3] }, false},
+		} {
+			m, h := newRig(t, Config{})
+			g := m.open(1025, fam.at(80))
+			g.connect()
+			h.accept().Write(pattern(3000))
+			sent := g.segments()
+			m.mustSend(tooBig(fam, fam.other, 1300, tt.change(slices.Clone(sent[0][:hl+20]))))
+			if again := g.segments(); (len(again) > 0) != tt.taken {
+				t.Errorf("%s: taken %v", tt.name, len(again) > 0)
+			}
+			m.s.Close()
+		}
+	})
+}

@@ -489,6 +489,7 @@ func (h *harness) wantClosed(r Reason) {
 }
 
 const (
+	us  = time.Microsecond
 	ms  = time.Millisecond
 	sec = time.Second
 )

@@ -233,7 +233,7 @@ func TestT112IsLost(t *testing.T) {
 		{rangeSet{{3001, 4001}, {5001, 8001}}, 5001},
 	}
 	for _, tt := range tests {
-		for _, l := range []lossState{{sack: true, sacked: tt.sacked}, {sack: true, sacked: tt.sacked, phase: phaseFast, reordered: true}} {
+		for _, l := range []lossState{{sack: true, sacked: tt.sacked}, {sack: true, sacked: tt.sacked, phase: phaseFast, reorder: reorderState{seen: true}}} {
 			if got := l.lostEdge(1, 20_001, 1000); got != tt.want {
 				t.Errorf("%v: lost below %d, want %d", tt.sacked, got, tt.want)
 			}
@@ -263,11 +263,11 @@ func TestT120Reordering(t *testing.T) {
 	h.ack(2)
 	h.advance(50 * ms)
 	h.expect()
-	if !h.loss.reordered {
+	if !h.loss.reorder.seen {
 		t.Error("the reordering was not seen")
 	}
 	h.ack(2, "3001:4001")
-	h.advance(h.reorderTime() - 1)
+	h.advance(h.loss.reorder.window(h.rtt.srtt) - 1)
 	h.expect()
 	h.advance(1)
 	h.wantSegments(3)
@@ -275,14 +275,14 @@ func TestT120Reordering(t *testing.T) {
 	h = flight(t, ",sackOK")
 	h.ack(0, "3001:4001")
 	h.ack(0, "2001:4001")
-	if !h.loss.reordered {
+	if !h.loss.reorder.seen {
 		t.Error("the reordering was not seen")
 	}
 	// A block that grows at its end is none.
 	h = flight(t, ",sackOK")
 	h.ack(0, "1001:2001")
 	h.ack(0, "1001:3001")
-	if h.loss.reordered {
+	if h.loss.reorder.seen {
 		t.Error("reordering was seen where there was none")
 	}
 }
@@ -345,7 +345,7 @@ func TestLossInRecovery(t *testing.T) {
 
 // Rules 3 and 4 of NextSeg: what is not known to be lost, and the last segment.
 func TestNextSegRules(t *testing.T) {
-	l := lossState{sack: true, phase: phaseFast, reordered: true, highRxt: 1001, sacked: rangeSet{{2001, 3001}}}
+	l := lossState{sack: true, phase: phaseFast, reorder: reorderState{seen: true}, highRxt: 1001, sacked: rangeSet{{2001, 3001}}}
 	if s := l.nextDoubtful(1, 5001, 1000); s != (span{1001, 2001}) {
 		t.Errorf("rule 3: %v", s)
 	}
