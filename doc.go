@@ -56,6 +56,7 @@
 //	ENETUNREACH                                       ICMP net unreachable         the same
 //	EHOSTUNREACH, no such host                        ICMP host unreachable        the same
 //	EACCES, EPERM, ErrProhibited                      ICMP prohibited              the same
+//	EMSGSIZE                                          reset                        ICMP packet too big
 //	a timeout, anything else                          reset                        nothing
 //	ErrDrop                                           nothing                      nothing
 //
@@ -80,7 +81,8 @@
 // datagrams without waiting or not at all. Any other connection is written to by
 // a goroutine that exists while datagrams wait for it, up to 64. What finds no
 // room is dropped. Answers of any size go to the guest, in fragments above the
-// MTU. Errors of the socket become ICMP errors, and the flow lives on until it
+// MTU. Errors of the socket become ICMP errors (of one that takes no datagram so long,
+// packet too big, with the MTU; but not over IPv4 without Don't Fragment), and the flow lives on until it
 // has been idle for UDPIdleTimeout. Flows to port 53 that were answered have 10 s:
 // a resolver opens one for each question.
 //
@@ -134,8 +136,9 @@
 // ReceiveBuffer and go back when they are empty. Flows, dials under way, and
 // half-open connections are bounded per namespace or listener (see [Config]), and
 // so are connections in TIME-WAIT (4,096 for each namespace), remembered guest addresses
-// (4,096 in all), and ICMP errors and resets for segments of no connection
-// (1,000 a second of each). Fragments take up to 1 MiB in all, and those of one
+// (4,096 in all), guests behind a smaller MTU (1,024 in all), and ICMP errors and resets for segments of no connection
+// (1,000 a second of each, of which every namespace has 100 that no other takes
+// away). Fragments take up to 1 MiB in all, and those of one
 // namespace up to 512 KiB and 64 packets, for 30 s (IPv4) or 60 s (IPv6). A UDP
 // mapping has 256 destinations at most. A full table refuses what is new; only
 // half-open connections, those in TIME-WAIT, UDP flows that were never answered and

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"net/netip"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -381,5 +382,168 @@ func TestN34_FragmentTimer(t *testing.T) {
 			t.Error(err)
 		}
 		time.Sleep(time.Minute)
+	})
+}
+
+// fragmentGuest is a guest whose datagrams have reached the host once.
+func fragmentGuest(t *testing.T, fam family) (*udpGuest, *memConn) {
+	g, h := newUDPRig(t, fam, Config{})
+	g.say("first")
+	host := h.accept()
+	host.expect(t, "first")
+	return g, host
+}
+
+// Fragments of one datagram that disagree end it, whatever still comes, and nobody
+// is told. The same bytes twice are no disagreement.
+func TestN32_N36_Overlap(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		hl := map[int]int{4: 20, 6: 40}[fam.version]
+		for _, tt := range []struct {
+			name     string
+			off, end int // of the fragment between the first and the second
+			more     bool
+			change   bool
+			arrives  bool
+			refused  uint64
+		}{
+			{"the first again", 0, 400, true, false, true, 1},
+			{"the first, other data", 0, 400, true, true, false, 3},
+			{"the second again", 400, 800, true, false, true, 1},
+			{"over both", 200, 600, true, false, false, 3},
+			{"into the first", 392, 800, true, false, false, 3},
+			{"inside the first", 8, 16, true, false, false, 3},
+			{"around the first", 0, 800, true, false, false, 3},
+			{"the end, too early", 200, 240, false, false, false, 3},
+		} {
+			g, host := fragmentGuest(t, fam)
+			packet := udpPacket(g.from, g.to, pattern(1200-8))
+			fs := fragmentsOf(packet, 400)
+			part := bytes.Clone(packet[hl+tt.off : hl+tt.end])
+			if tt.change {
+				part[len(part)-1] ^= 1
+			}
+			for _, f := range [][]byte{fs[0], fragmentOf(packet, hl, tt.off, tt.more, part), fs[1], fs[2]} {
+				g.mustSend(f)
+			}
+			synctest.Wait()
+			if tt.arrives {
+				host.expect(t, string(pattern(1200-8)))
+			}
+			g.expectNothing()
+			time.Sleep(2 * time.Minute)
+			g.expectNothing()
+			if st := g.s.Stats(); st.DropFragment != tt.refused || st.PendingFragments != 0 || st.DropFragmentTimeout != 0 {
+				t.Errorf("%s: %+v", tt.name, st)
+			}
+			host.mu.Lock()
+			if len(host.out) != 0 {
+				t.Errorf("%s: the host got %d datagrams", tt.name, len(host.out))
+			}
+			host.mu.Unlock()
+			g.s.Close()
+		}
+	})
+}
+
+// An end before what has come, and two ends.
+func TestN33_Ends(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		hl := map[int]int{4: 20, 6: 40}[fam.version]
+		for _, ends := range [][2]int{{800, 400}, {400, 800}} {
+			g, host := fragmentGuest(t, fam)
+			packet := udpPacket(g.from, g.to, pattern(1200-8))
+			g.mustSend(fragmentOf(packet, hl, ends[0], ends[0] < ends[1], packet[hl+ends[0]:hl+ends[0]+400]))
+			g.mustSend(fragmentOf(packet, hl, ends[1], false, packet[hl+ends[1]:hl+ends[1]+200]))
+			if ends[0] > ends[1] {
+				if st := g.s.Stats(); st.DropFragment != 1 {
+					t.Errorf("%v: %+v", ends, st)
+				}
+			}
+			g.mustSend(fragmentOf(packet, hl, ends[1], false, packet[hl+ends[1]:hl+ends[1]+208]))
+			g.mustSend(fragmentOf(packet, hl, 0, true, packet[hl:hl+400]))
+			synctest.Wait()
+			if st := g.s.Stats(); st.PacketsReassembled != 0 || st.DropFragment < 2 {
+				t.Errorf("%v: %+v", ends, st)
+			}
+			g.expectNothing()
+			host.mu.Lock()
+			if len(host.out) != 0 {
+				t.Errorf("%v: the host got a datagram", ends)
+			}
+			host.mu.Unlock()
+			g.s.Close()
+		}
+	})
+}
+
+// Fragments belong together by guest, addresses, identification and, in IPv4,
+// protocol; options are those of the first one.
+func TestN35_Keys(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		g, h := newUDPRig(t, fam, Config{})
+		// The same identification, from two guests and in two namespaces.
+		other := netip.AddrPortFrom(g.from.Addr().Next(), 4000)
+		data := [][]byte{pattern(1500), pattern(1508)[8:], pattern(1516)[16:]}
+		all := [][][]byte{
+			fragmentsOf(udpPacket(g.from, g.to, data[0]), 400),
+			fragmentsOf(udpPacket(other, g.to, data[1]), 400),
+			fragmentsOf(udpPacket(g.from, g.to, data[2]), 400),
+		}
+		if fam.version == 4 { // of another protocol, nobody's
+			g.mustSend(fragmentOf(refPacket(g.from.Addr(), g.to.Addr(), 200, pattern(800), -1), 20, 400, true, pattern(400)))
+		}
+		for i := range all[0] {
+			for n, fs := range all {
+				f := fs[len(fs)-1-i]
+				if fam.version == 4 && n == 0 && i == 0 { // other options than the first one has
+					f = slices.Concat(f[:20], []byte{1, 1, 1, 0}, f[20:])
+					f[0], f[10], f[11] = 0x46, 0, 0
+					binary.BigEndian.PutUint16(f[2:], uint16(len(f)))
+				}
+				g.ns = uintptr(n / 2)
+				g.mustSend(f)
+			}
+		}
+		var got []string
+		for range all {
+			host := h.accept()
+			host.mu.Lock()
+			for len(host.out) == 0 {
+				host.cond.Wait()
+			}
+			got = append(got, host.out...)
+			host.mu.Unlock()
+		}
+		for _, d := range data {
+			if !slices.Contains(got, string(d)) {
+				t.Errorf("a datagram of %d bytes is missing", len(d))
+			}
+		}
+		if len(got) != 3 {
+			t.Errorf("%d datagrams", len(got))
+		}
+		g.ns = 0
+		g.s.Close()
+	})
+}
+
+// A fragment that is all of its packet is handled by itself, and leaves alone what
+// waits under the same identification.
+func TestN38_Atomic(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		fam := families[1]
+		g, host := fragmentGuest(t, fam)
+		long := udpPacket(g.from, g.to, pattern(1000))
+		fs := fragmentsOf(long, 504)
+		g.mustSend(fs[0])
+		short := udpPacket(g.from, g.to, pattern(200))
+		g.mustSend(fragmentOf(short, 40, 0, false, short[40:]))
+		synctest.Wait()
+		host.expect(t, string(pattern(200)))
+		g.mustSend(fs[1])
+		synctest.Wait()
+		host.expect(t, string(pattern(1000)))
+		g.s.Close()
 	})
 }

@@ -239,6 +239,7 @@ type icmpMessage struct {
 	typ, code byte
 	body      []byte // behind the first 8 bytes
 	at        time.Time
+	rest      uint32 // of the header
 }
 
 // machine is a guest on the link: it takes the frames that the Stack emits for
@@ -438,7 +439,7 @@ func (m *machine) take(frame []byte, lost bool) error {
 		if len(b) < 8 {
 			return errors.New("short ICMP")
 		}
-		m.icmp = append(m.icmp, icmpMessage{src, dst, b[0], b[1], b[8:], time.Now()})
+		m.icmp = append(m.icmp, icmpMessage{src, dst, b[0], b[1], b[8:], time.Now(), binary.BigEndian.Uint32(b[4:])})
 		return nil
 	case 17:
 		if len(b) < 8 || int(binary.BigEndian.Uint16(b[4:])) != len(b) || b[6]|b[7] == 0 {

@@ -94,7 +94,7 @@ func (s *Stack) sendICMP(l *link, version uint16, src, dst ipAddr, hop uint8, fr
 	}
 	message := frame[frameHeaderLen(version):]
 	emit := func(frame []byte) error { return s.send(l, frame) }
-	return emitDatagram(l, version, proto, src, dst, message, mtu, hop, s.newFrame, emit)
+	return emitDatagram(l, version, proto, src, dst, message, mtu, hop, &s.fragmentID, s.newFrame, emit)
 }
 
 // unreachable is the reason of a Destination Unreachable.
@@ -105,6 +105,7 @@ const (
 	unreachableHost
 	unreachableNet
 	unreachableProhibited // by policy
+	unreachableTooBig     // the packet is too long for the way
 )
 
 // message returns the type and code that say u in an IP version (RFC 792, RFC
@@ -116,7 +117,11 @@ func (u unreachable) message(version uint16) (typ, code uint8) {
 			unreachableHost:       1,
 			unreachableNet:        0,
 			unreachableProhibited: 13,
+			unreachableTooBig:     icmpFragNeeded,
 		}[u]
+	}
+	if u == unreachableTooBig {
+		return icmpv6TooBig, 0 // RFC 4443 section 3.2
 	}
 	return icmpv6Unreachable, [...]uint8{
 		unreachablePort:       4,
@@ -147,10 +152,40 @@ func (s *Stack) sendUnreachable(kind unreachable, quoted []byte, l *link) error 
 	return s.sendError(&p, src, typ, code, 0, l)
 }
 
+// sendTooBig tells the guest that its packet, the front of which is quoted, was too
+// long for the host's network, and what is not: mtu, or if that is not known, 0, the
+// next size below it that links are known to have. IPv4 is only told what it has
+// forbidden to fragment: "Don't Fragment" is set (RFC 791 section 3.2).
+func (s *Stack) sendTooBig(quoted []byte, mtu int, l *link) error {
+	var p ipPacket
+	if parseQuoted(quoted, &p) != nil || !mayReport(&p) {
+		s.count(icmpSuppressed)
+		return nil
+	}
+	size := int(binary.BigEndian.Uint16(p.raw[2:]))
+	if p.version == 6 {
+		size = ipv6HeaderLen + int(binary.BigEndian.Uint16(p.raw[4:]))
+	}
+	if mtu <= 0 || mtu >= size {
+		mtu = plateauBelow(size)
+	}
+	smallest, fragments := ipv4MinMTU, p.raw[6]&(ipv4DontFragment>>8) == 0
+	if p.version == 6 {
+		mtu = max(mtu, ipv6MinMTU)
+		smallest, fragments = ipv6MinMTU, false
+	}
+	if fragments || size <= smallest {
+		s.count(icmpSuppressed)
+		return nil
+	}
+	typ, code := unreachableTooBig.message(p.version)
+	return s.sendError(&p, s.routerFor(&p), typ, code, uint32(mtu), l)
+}
+
 // sendError sends an ICMP error about p from the address src, unless there were
 // many. The fourth to eighth byte of the message hold param.
 func (s *Stack) sendError(p *ipPacket, src ipAddr, typ, code uint8, param uint32, l *link) error {
-	if !s.icmpLimit.take(time.Now()) {
+	if !s.mayAnswer(l.ns, limitICMP, time.Now()) {
 		s.count(icmpRateLimited)
 		return nil
 	}
@@ -262,18 +297,24 @@ func isICMPError(p *ipPacket) bool {
 	return false
 }
 
-// tokenBucket limits the ICMP errors of a Stack to icmpErrorRate, after a burst
-// of icmpErrorBurst (RFC 4443 section 2.4 (f)). The zero value is full. Its
-// method may be called concurrently.
+// tokenBucket limits how often something happens, after a burst (RFC 4443 section
+// 2.4 (f)). The zero value is full. Its methods may be called concurrently.
 type tokenBucket struct {
 	// full is when the bucket will be full again, in nanoseconds since 1970:
 	// each token taken puts that off by one interval.
 	full atomic.Int64
 }
 
-// take takes a token, if there is one.
+// take takes a token, if there is one, of a bucket of icmpErrorBurst that gets
+// icmpErrorRate in a second.
 func (b *tokenBucket) take(now time.Time) bool {
-	const depth = icmpErrorBurst * icmpErrorInterval
+	return b.takeEvery(now, icmpErrorInterval, icmpErrorBurst)
+}
+
+// takeEvery takes a token, if there is one, of a bucket of burst that gets one in
+// every interval of nanoseconds.
+func (b *tokenBucket) takeEvery(now time.Time, interval, burst int64) bool {
+	depth := burst * interval
 	t := now.UnixNano()
 	for {
 		old := b.full.Load()
@@ -281,7 +322,7 @@ func (b *tokenBucket) take(now time.Time) bool {
 		if from > t+depth+icmpErrorClockStepBack {
 			from = t // the clock was set back since
 		}
-		next := from + icmpErrorInterval
+		next := from + interval
 		if next > t+depth {
 			return false
 		}
@@ -290,6 +331,9 @@ func (b *tokenBucket) take(now time.Time) bool {
 		}
 	}
 }
+
+// isFull reports whether nothing is missing from b.
+func (b *tokenBucket) isFull(now time.Time) bool { return b.full.Load() <= now.UnixNano() }
 
 // takeError takes an ICMP error of the namespace that is about a packet that a
 // flow has sent: one that came to no one, of DialContext; or one that was too long
@@ -308,10 +352,14 @@ func (s *Stack) takeError(ns uintptr, p *ipPacket) (took bool, err error) {
 		return false, nil
 	}
 	be := binary.BigEndian
-	f := s.lookup(&flowKey{
+	key := flowKey{
 		ns: ns, guest: q.dst, host: q.src, proto: uint16(q.proto), version: q.version,
 		guestPort: be.Uint16(q.payload[2:]), hostPort: be.Uint16(q.payload),
-	})
+	}
+	f := s.lookup(&key)
+	if u := s.lookupUDP(&key); u != nil {
+		f = u
+	}
 	if tooBig {
 		return s.takeTooBig(f, &q, size)
 	}
@@ -411,5 +459,6 @@ func (u unreachable) errno() syscall.Errno {
 		unreachableHost:       syscall.EHOSTUNREACH,
 		unreachableNet:        syscall.ENETUNREACH,
 		unreachableProhibited: syscall.EACCES,
+		unreachableTooBig:     syscall.EMSGSIZE,
 	}[u]
 }

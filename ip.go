@@ -11,8 +11,9 @@ package slirp
 import (
 	"encoding/binary"
 	"errors"
-	"math/rand/v2"
+	"hash/maphash"
 	"net/netip"
+	"sync/atomic"
 
 	"github.com/KarpelesLab/slirp/internal/reassembly"
 )
@@ -552,7 +553,7 @@ func putHeaders(frame []byte, l *link, version uint16, proto uint8, src, dst *ip
 // else as fragments in order. Frames are taken from alloc and handed to emit,
 // whose first error ends the datagram and is returned. The checksum field of
 // transport is written to; transport is the caller's again on return.
-func emitDatagram(l *link, version uint16, proto uint8, src, dst ipAddr, transport []byte, mtu int, hop uint8,
+func emitDatagram(l *link, version uint16, proto uint8, src, dst ipAddr, transport []byte, mtu int, hop uint8, ids *fragmentIDs,
 	alloc func(n int) []byte, emit func(frame []byte) error) error {
 	hl := frameHeaderLen(version)
 	if hl-etherHeaderLen+len(transport) <= mtu {
@@ -563,19 +564,16 @@ func emitDatagram(l *link, version uint16, proto uint8, src, dst ipAddr, transpo
 	}
 
 	headers, limit := hl, maxIPLength
-	var id uint32
 	if version == 4 {
 		limit -= ipv4HeaderLen
-		// Unpredictable (RFC 7739 section 3), and not the 0 of whole packets.
-		id = 1 + rand.Uint32N(0xffff)
 	} else {
 		headers += fragHeaderLen
-		id = rand.Uint32()
 	}
 	if len(transport) > limit {
 		return errDatagramTooLong
 	}
 	fillChecksum(proto, &src, &dst, transport)
+	id := ids.next(version, proto, &src, &dst)
 	room := (mtu - (headers - etherHeaderLen)) &^ 7
 	for off := 0; off < len(transport); off += room {
 		part := transport[off:min(off+room, len(transport))]
@@ -592,6 +590,52 @@ func emitDatagram(l *link, version uint16, proto uint8, src, dst ipAddr, transpo
 		}
 	}
 	return nil
+}
+
+// fragmentIDs makes the identifications of packets that are sent in fragments. Two
+// packets between the same ends do not have the same one for as long as can be
+// (RFC 6864 section 4.3), and from those of one pair nothing follows for another (RFC
+// 7739 section 5.3): a counter, of several pairs, is shuffled in another way for each
+// pair. The seed must be set; the methods may be called concurrently.
+type fragmentIDs struct {
+	seed     maphash.Seed
+	counters [64]atomic.Uint32
+}
+
+// next returns the identification of a packet: of 16 bits and not 0 in IPv4, where
+// that is what whole packets have; of 32 bits in IPv6.
+func (ids *fragmentIDs) next(version uint16, proto uint8, src, dst *ipAddr) uint32 {
+	type pair struct {
+		src, dst       ipAddr
+		version, proto uint16
+	}
+	key := maphash.Comparable(ids.seed, pair{*src, *dst, version, uint16(proto)})
+	counter := &ids.counters[key%uint64(len(ids.counters))]
+	if version == 6 {
+		return ids.shuffle(key, counter.Add(1), 16)
+	}
+	for {
+		if id := ids.shuffle(key, counter.Add(1)&0xffff, 8); id != 0 {
+			return id
+		}
+	}
+}
+
+// shuffle maps the numbers of twice so many bits to one another, without a pattern:
+// a Feistel network of four rounds.
+func (ids *fragmentIDs) shuffle(key uint64, n uint32, bits uint) uint32 {
+	type round struct {
+		key  uint64
+		half uint32
+		n    uint32
+	}
+	mask := uint32(1)<<bits - 1
+	left, right := n>>bits, n&mask
+	for i := range uint32(4) {
+		f := uint32(maphash.Comparable(ids.seed, round{key, right, i}))
+		left, right = right, left^f&mask
+	}
+	return left<<bits | right
 }
 
 // putFragment4 writes the headers of an IPv4 fragment (RFC 791 section 3.2).

@@ -205,6 +205,69 @@ func (s *Stack) drained(c *tcpConn) {
 	s.mu.Unlock()
 }
 
+// limited is a kind of answer that is limited: whoever provokes it may have no
+// other use for it.
+type limited int
+
+const (
+	limitICMP   limited = iota // ICMP errors
+	limitResets                // resets for segments of no connection
+	numLimited
+)
+
+// Of every kind a Stack sends icmpErrorRate a second, after a burst of
+// icmpErrorBurst, and so does a namespace at the most. One that finds nothing left
+// of that, because others are busy, has a small share that nobody else can take.
+const (
+	shareInterval = int64(10 * time.Millisecond)
+	shareBurst    = 10
+)
+
+// share is what a namespace has of the limits.
+type share struct {
+	most, own [numLimited]tokenBucket
+}
+
+// mayAnswer reports whether an answer of a kind may be sent to a namespace now, and
+// counts it.
+func (s *Stack) mayAnswer(ns uintptr, kind limited, now time.Time) bool {
+	sh := s.shareOf(ns, now)
+	return sh.most[kind].take(now) &&
+		(s.limits[kind].take(now) || sh.own[kind].takeEvery(now, shareInterval, shareBurst))
+}
+
+// shareOf returns the share of a namespace. Those that have not been used for a
+// while are forgotten when there are many.
+func (s *Stack) shareOf(ns uintptr, now time.Time) *share {
+	s.mu.RLock()
+	sh := s.shares[ns]
+	s.mu.RUnlock()
+	if sh != nil {
+		return sh
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if sh := s.shares[ns]; sh != nil {
+		return sh
+	}
+	if len(s.shares) >= s.sweepShares {
+		maps.DeleteFunc(s.shares, func(_ uintptr, sh *share) bool { return sh.isFull(now) })
+		s.sweepShares = max(64, 2*len(s.shares))
+	}
+	sh = new(share)
+	s.shares[ns] = sh
+	return sh
+}
+
+func (sh *share) isFull(now time.Time) bool {
+	for i := range sh.most {
+		if !sh.most[i].isFull(now) || !sh.own[i].isFull(now) {
+			return false
+		}
+	}
+	return true
+}
+
 // counter is an index of Stack.counters.
 type counter int
 

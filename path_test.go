@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -266,5 +267,173 @@ func TestN48_PathsBounded(t *testing.T) {
 			t.Errorf("%d paths", n)
 		}
 		g.s.Close()
+	})
+}
+
+// A datagram that the host's network does not take: the guest learns what it takes.
+func TestN12_N13_TooBigForTheHost(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		g, h := newUDPRig(t, fam, Config{MTU: 9000})
+		g.say("hello")
+		host := h.accept()
+		host.expect(t, "hello")
+		send := func(size int, dontFragment bool) (packet []byte) {
+			host.set(func() { host.errs = []error{dialError(syscall.EMSGSIZE)} })
+			packet = udpPacket(g.from, g.to, pattern(size-map[int]int{4: 28, 6: 48}[fam.version]))
+			if fam.version == 4 && dontFragment {
+				packet[6], packet[10], packet[11] = 0x40, 0, 0
+			}
+			g.mustSend(packet)
+			synctest.Wait()
+			return packet
+		}
+		want := map[int][2]byte{4: {3, 4}, 6: {2, 0}}[fam.version]
+		for size, mtu := range map[int]uint32{1600: 1492, 1492: 1280, 1281: 1280, 9000: 8166, 65000: 32000} {
+			packet := send(size, true)
+			msg := g.takeICMP()
+			if [2]byte{msg.typ, msg.code} != want || msg.rest != mtu || msg.src != fam.stack || msg.dst != fam.guest {
+				t.Errorf("%d bytes: ICMP %d %d from %v, MTU %d, want %d", size, msg.typ, msg.code, msg.src, msg.rest, mtu)
+			}
+			if !slices.Equal(msg.body, packet[:min(len(packet), maxQuote)]) {
+				t.Errorf("%d bytes: about %x", size, msg.body)
+			}
+		}
+		sent := 5
+		if fam.version == 4 { // the host may fragment it
+			send(1600, false)
+			sent++
+		} else { // nothing shorter can be asked for
+			send(1280, false)
+			sent++
+		}
+		g.expectNothing()
+		g.expectStats(map[string]int{"big": sent, "flows": 1, "dialed": 1, "icmp": 5})
+		g.say("goodbye")
+		host.expect(t, "goodbye")
+		g.s.Close()
+	})
+}
+
+// One guest cannot use up the ICMP errors and resets of another.
+func TestN43_S16_FairShares(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		s := New()
+		defer s.Close()
+		frames := map[uintptr]int{}
+		send := func(ns uintptr, packet []byte) {
+			t.Helper()
+			err := s.HandlePacket(ns, testLink.guest, testLink.gw, slices.Clone(packet), func([]byte) error {
+				frames[ns]++
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		from, to := netip.AddrPortFrom(fam.guest, 1025), fam.at(80)
+		for name, packet := range map[string][]byte{
+			"errors": withTTL(udpPacket(from, to, pattern(30)), 1),
+			"resets": segment{src: from, dst: to, seq: 5, ack: 6, flags: flagA, win: 1000}.packet(),
+		} {
+			time.Sleep(time.Minute)
+			clear(frames)
+			for range 1000 { // one second
+				for range 20 {
+					send(1, packet)
+				}
+				time.Sleep(time.Millisecond)
+			}
+			if frames[1] < 1000 || frames[1] > 1000+icmpErrorBurst {
+				t.Errorf("%d %s in a second", frames[1], name)
+			}
+			// The other one gets its own, while the first goes on.
+			for range 100 { // in a second
+				for range 200 {
+					send(1, packet)
+				}
+				send(2, packet)
+				time.Sleep(10 * time.Millisecond)
+			}
+			if frames[2] != 100 || frames[1] > 2000+2*icmpErrorBurst {
+				t.Errorf("%d and %d %s", frames[1], frames[2], name)
+			}
+			// It has no more than that when it floods as well.
+			clear(frames)
+			for range 1000 {
+				for range 20 {
+					send(1, packet)
+					send(2, packet)
+				}
+				time.Sleep(time.Millisecond)
+			}
+			if n := frames[1] + frames[2]; n < 1000 || n > 1000+2*(100+icmpErrorBurst) || frames[2] < 90 {
+				t.Errorf("%d and %d %s", frames[1], frames[2], name)
+			}
+		}
+		// Namespaces that are quiet are forgotten.
+		for ns := range uintptr(10000) {
+			send(ns, withTTL(udpPacket(from, to, nil), 1))
+			time.Sleep(time.Millisecond)
+		}
+		if n := len(s.shares); n > 500 {
+			t.Errorf("%d shares", n)
+		}
+	})
+}
+
+// What an ICMP error quotes is read with its options; checksums in it are not.
+func TestN21_QuotedHeaders(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		hl := map[int]int{4: 20, 6: 40}[fam.version]
+		insert := func(q, options []byte) []byte {
+			q = slices.Concat(q[:hl], options, q[hl:])
+			if fam.version == 4 {
+				q[0] += byte(len(options) / 4)
+			} else {
+				q[6] = 60
+			}
+			return q
+		}
+		nop, lie := []byte{1, 1, 1, 0}, []byte{7, 40, 4, 0}
+		if fam.version == 6 {
+			nop, lie = []byte{6, 0, 1, 4, 0, 0, 0, 0}, []byte{6, 0, 1, 40, 0, 0, 0, 0}
+		}
+		for _, tt := range []struct {
+			name   string
+			change func(q []byte) []byte
+			taken  bool
+		}{
+			{"as it was", func(q []byte) []byte { return q }, true},
+			{"transport checksum", func(q []byte) []byte { q[hl+16] ^= 0xff; return q }, true},
+			{"IP checksum, or flow label", func(q []byte) []byte { q[map[int]int{4: 10, 6: 3}[fam.version]] ^= 0xff; return q }, true},
+			{"options", func(q []byte) []byte { return insert(q, nop) }, true},
+			{"options that lie", func(q []byte) []byte { return insert(q, lie) }, false},
+			{"IHL beyond it, or another version", func(q []byte) []byte {
+				q[0] = map[int]byte{4: 0x4f, 6: 0x50}[fam.version]
+				return q[:hl+16]
+			}, false},
+			{"another version", func(q []byte) []byte { q[0] ^= 0x20; return q }, false},
+			{"second fragment", func(q []byte) []byte {
+				if fam.version == 4 {
+					q[7] = 1
+					return q
+				}
+				q[6] = 44
+				return slices.Concat(q[:40], []byte{6, 0, 0, 8, 0, 0, 0, 1}, q[40:])
+			}, false},
+			{"cut in the IP header", func(q []byte) []byte { return q[:hl-1] }, false},
+			{"cut in the ports", func(q []byte) []byte { return q[:hl+3] }, false},
+		} {
+			m, h := newRig(t, Config{})
+			g := m.open(1025, fam.at(80))
+			g.connect()
+			h.accept().Write(pattern(3000))
+			sent := g.segments()
+			m.mustSend(tooBig(fam, fam.other, 1300, tt.change(slices.Clone(sent[0][:hl+20]))))
+			if again := g.segments(); (len(again) > 0) != tt.taken {
+				t.Errorf("%s: taken %v", tt.name, len(again) > 0)
+			}
+			m.s.Close()
+		}
 	})
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -314,21 +315,23 @@ type Stack struct {
 	isnSecret  [32]byte
 	epoch      time.Time // of the ISN clock
 	counters   counters
-	icmpLimit  tokenBucket
-	strayLimit tokenBucket
+	limits     [numLimited]tokenBucket
+	fragmentID fragmentIDs
 	slabs      sync.Pool      // of *slab
 	goroutines sync.WaitGroup // that Close waits for
 	closed     atomic.Bool    // set under mu
 	numPaths   atomic.Int32   // len(paths)
 
-	mu        sync.RWMutex
-	flows     map[flowKey]flow
-	accounts  map[uintptr]*account
-	listeners map[listenKey]*Listener
-	guests    map[guestKey]link
-	paths     map[guestKey]path // where packets must be shorter than the MTU
-	routes    map[uintptr][]route
-	draining  map[*tcpConn]struct{} // gone from flows, still writing to their hosts
+	mu          sync.RWMutex
+	flows       map[flowKey]flow
+	accounts    map[uintptr]*account
+	listeners   map[listenKey]*Listener
+	guests      map[guestKey]link
+	shares      map[uintptr]*share // of the limits
+	sweepShares int                // how many shares there are when those without use are forgotten
+	paths       map[guestKey]path  // where packets must be shorter than the MTU
+	routes      map[uintptr][]route
+	draining    map[*tcpConn]struct{} // gone from flows, still writing to their hosts
 
 	fragments     *reassembly.Reassembler
 	fragmentTimer *time.Timer // for the deadline of fragments; set while there are any
@@ -360,11 +363,13 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 		listeners: make(map[listenKey]*Listener),
 		guests:    make(map[guestKey]link),
 		paths:     make(map[guestKey]path),
+		shares:    make(map[uintptr]*share),
 		routes:    make(map[uintptr][]route),
 		draining:  make(map[*tcpConn]struct{}),
 		fragments: reassembly.New(reassembly.Limits{}),
 	}
 	rand.Read(s.isnSecret[:])
+	s.fragmentID.seed = maphash.MakeSeed()
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s, nil
 }

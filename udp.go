@@ -442,7 +442,7 @@ func (f *udpFlow) failed(err error, quote []byte) (writer error, alive bool) {
 	switch hostio.KindOf(err) {
 	case hostio.TooLong:
 		f.stack.count(dropUDPTooBig)
-		return nil, true
+		return f.report(unreachableTooBig, quote), true
 	case hostio.Full:
 		f.stack.count(dropUDPQueue)
 		return nil, true
@@ -637,7 +637,7 @@ func (f *udpFlow) emit(b *datagramBuffer, n int, from ipAddr, port uint16) error
 	be.PutUint16(d[2:], f.key.guestPort)
 	be.PutUint16(d[4:], uint16(len(d)))
 	mem := s.getSlab()
-	err := emitDatagram(&l, f.key.version, protoUDP, from, f.key.guest, d, s.mtuTo(f.key.guestKey()), defaultHopLimit,
+	err := emitDatagram(&l, f.key.version, protoUDP, from, f.key.guest, d, s.mtuTo(f.key.guestKey()), defaultHopLimit, &s.fragmentID,
 		func(n int) []byte {
 			frame := mem.room(n)
 			if s.cfg.ReuseFrames {
@@ -657,10 +657,14 @@ func (f *udpFlow) emit(b *datagramBuffer, n int, from ipAddr, port uint16) error
 // f.mu, which is released meanwhile.
 func (f *udpFlow) emitted() (err error) {
 	for f.owes {
-		l, quote, kind := f.link, append([]byte(nil), f.quote[:f.quoteLen]...), f.owed
+		l, quote, kind, host := f.link, append([]byte(nil), f.quote[:f.quoteLen]...), f.owed, f.host
 		f.owes = false
 		f.mu.Unlock()
-		err = f.stack.sendUnreachable(kind, quote, &l)
+		if kind == unreachableTooBig {
+			err = f.stack.sendTooBig(quote, hostio.PathMTU(host), &l)
+		} else {
+			err = f.stack.sendUnreachable(kind, quote, &l)
+		}
 		f.mu.Lock()
 	}
 	f.emitting = false

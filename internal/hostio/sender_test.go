@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"runtime"
 	"testing"
 	"time"
 )
@@ -142,4 +143,27 @@ func TestSendToOtherFamily(t *testing.T) {
 			t.Errorf("%s to %s: %v", network, to, err)
 		}
 	}
+}
+
+func TestPathMTU(t *testing.T) {
+	for _, address := range []string{"127.0.0.1:9", "[::1]:9"} {
+		conn, err := net.Dial("udp", address)
+		if err != nil {
+			continue // no such family here
+		}
+		mtu := PathMTU(conn)
+		if runtime.GOOS == "linux" && (mtu < 1280 || mtu > 65536) || runtime.GOOS != "linux" && mtu != 0 {
+			t.Errorf("%s: %d", address, mtu)
+		}
+		conn.Close()
+		if mtu := PathMTU(conn); mtu != 0 {
+			t.Errorf("%s, closed: %d", address, mtu)
+		}
+	}
+	a, b := net.Pipe()
+	if PathMTU(a) != 0 || PathMTU(nil) != 0 {
+		t.Error("the path MTU of a pipe")
+	}
+	a.Close()
+	b.Close()
 }
