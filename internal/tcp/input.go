@@ -440,7 +440,7 @@ func (t *TCB) useBlocks(now time.Time) {
 	if una >= l.doubt {
 		t.disarm(timerReorder)
 	}
-	if d := l.orderEdge(); d > l.lostEdge(una, nxt, mss) && !t.armed(timerReorder) {
+	if d := l.orderEdge(); l.phase != phaseRTO && d > l.lostEdge(una, nxt, mss) && !t.armed(timerReorder) {
 		l.doubt = d
 		t.arm(timerReorder, now, max(l.reorder.window(t.rtt.srtt), reorderFloor))
 	}
