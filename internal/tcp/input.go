@@ -275,7 +275,8 @@ func (t *TCB) acked(now time.Time, ack int64, seg *Segment) {
 		t.events |= EventWritable
 	}
 	t.tailWanted = true
-	twice := seg.Blocks > 0 && t.snd.seq.unwrap(seg.SACK[0].Right, ack) <= ack // a D-SACK
+	twice := t.takeDuplicate(seg, ack)
+	t.loss.probes = 0
 	if t.loss.tailAcked(ack, twice) && t.loss.phase == phaseOpen {
 		t.reno.halve(t.reno.cwnd, t.mss())
 		t.reno.cwnd = t.reno.ssthresh
@@ -297,8 +298,10 @@ func (t *TCB) acked(now time.Time, ack int64, seg *Segment) {
 		t.reno.onAck(n, t.mss(), limit)
 	}
 	if t.loss.sack {
-		t.disarm(timerReorder)
 		t.useBlocks(now)
+	}
+	if ack == t.snd.nxt {
+		t.loss.release()
 	}
 	if t.orphan && t.armed(timerEnd) {
 		t.arm(timerEnd, now, orphanTime)
@@ -327,13 +330,16 @@ func (t *TCB) sampleRTT(now time.Time, ack int64, seg *Segment) {
 	if t.timing {
 		if ack > t.timedSeq {
 			t.timing = false
-			t.rtt.sample(now.Sub(t.timedAt))
+			t.rtt.timed(now.Sub(t.timedAt))
 		}
 		return
 	}
 	if t.timestamps && seg.HasTimestamps && seg.TSEcr != 0 {
 		m := time.Duration(int32(t.tsVal(now)-seg.TSEcr)) * time.Millisecond
 		if m >= 0 && m <= now.Sub(t.start)+time.Millisecond {
+			if (m-t.rtt.srtt).Abs() < time.Millisecond && t.rtt.srtt > 0 {
+				m = t.rtt.srtt // the clock is too coarse to tell the difference
+			}
 			t.rtt.sample(m)
 		}
 	}
@@ -363,9 +369,13 @@ func (t *TCB) takeBlocks(seg *Segment) int64 {
 		news := t.loss.sacked.nextGap(left, right)
 		n := t.loss.sacked.add(left, right)
 		if n > 0 && few && news.start < top && news.start >= t.loss.everRxt {
-			t.loss.reordered = true // sent once, and before what was SACKed before
+			t.loss.reorder.seen = true // sent once, and before what was SACKed before
 		}
 		fresh += n
+		t.loss.lostAgain.remove(left, right)
+	}
+	if fresh > 0 {
+		t.loss.probes, t.tailWanted = 0, true
 	}
 	return fresh
 }
@@ -374,12 +384,15 @@ func (t *TCB) takeBlocks(seg *Segment) int64 {
 // brings news (RFC 6675 section 2), without it one that has nothing else to say.
 func (t *TCB) duplicateAck(now time.Time, seg *Segment, dup bool) {
 	if t.loss.sack {
+		t.takeDuplicate(seg, t.snd.una)
 		dup = t.takeBlocks(seg) > 0
 	}
-	if !dup || t.loss.phase == phaseRTO {
+	if !dup {
 		return
 	}
-	t.loss.dupAcks++
+	if t.loss.phase != phaseRTO {
+		t.loss.dupAcks++
+	}
 	if t.loss.sack {
 		t.useBlocks(now)
 	} else if t.loss.phase == phaseOpen {
@@ -387,36 +400,50 @@ func (t *TCB) duplicateAck(now time.Time, seg *Segment, dup bool) {
 	}
 }
 
-// useBlocks looks for losses that the scoreboard shows.
+// takeDuplicate reports whether the first block is a D-SACK (RFC 2883 section 4): it
+// is below ack, or within the second one. Where the network reorders, what has come
+// twice was sent again too early, unless it was a probe or after a timeout.
+func (t *TCB) takeDuplicate(seg *Segment, ack int64) bool {
+	if seg.Blocks == 0 || !t.loss.sack {
+		return false
+	}
+	offset := func(n uint32) int64 { return t.snd.seq.unwrap(n, ack) }
+	first, second := seg.SACK[0], seg.SACK[1]
+	twice := offset(first.Right) <= ack || seg.Blocks > 1 &&
+		offset(first.Left) >= offset(second.Left) && offset(first.Right) <= offset(second.Right)
+	if twice && t.loss.reorder.seen && t.loss.tailEnd == 0 && t.loss.phase != phaseRTO {
+		t.loss.reorder.duplicate(t.snd.una, t.snd.nxt)
+	}
+	return twice
+}
+
+// useBlocks looks for losses that the scoreboard shows: RACK_detect_loss of RFC
+// 8985 section 6.2.
 func (t *TCB) useBlocks(now time.Time) {
 	una, nxt, mss := t.snd.una, t.snd.nxt, t.mss()
 	l := &t.loss
+	again := l.findLostAgain(now, una, mss, t.rtt.min)
+	edge := l.lostEdge(una, nxt, mss)
 	switch {
-	case l.phase == phaseOpen && len(l.sacked) > 0:
+	case l.phase == phaseOpen:
 		t.detectLoss()
-		if l.phase == phaseOpen && !t.armed(timerReorder) {
-			t.arm(timerReorder, now, t.reorderTime())
-		}
-	case l.phase == phaseFast:
-		again := l.findLostAgain(una, mss)
-		edge := l.lostEdge(una, nxt, mss)
-		if again || l.missing(max(una, l.recover), max(una, edge)) > 0 {
-			// What was sent in this recovery is lost too: RFC 5681 section 4.3.
-			t.reno.halve(t.reno.cwnd, mss)
-			t.reno.cwnd = t.reno.ssthresh
+	case again || l.phase == phaseFast && l.missing(max(una, l.recover), max(una, edge)) > 0:
+		// What was sent in this recovery is lost too: RFC 5681 section 4.3.
+		t.reno.halve(t.reno.cwnd, mss)
+		t.reno.cwnd = min(t.reno.cwnd, t.reno.ssthresh)
+		l.cut = nxt
+		if l.phase == phaseFast {
 			l.recover = nxt
 		}
 	}
-}
-
-// reorderTime is how long a gap below SACKed data may be due to reordering: the
-// reordering window of RFC 8985 section 6.2 step 4.
-func (t *TCB) reorderTime() time.Duration {
-	d := t.rtt.srtt / 4
-	if t.loss.reordered {
-		d = t.rtt.srtt
+	// Step 5: what is not lost yet may be when the reordering window ends.
+	if una >= l.doubt {
+		t.disarm(timerReorder)
 	}
-	return max(d, time.Millisecond)
+	if d := l.orderEdge(); l.phase != phaseRTO && d > l.lostEdge(una, nxt, mss) && !t.armed(timerReorder) {
+		l.doubt = d
+		t.arm(timerReorder, now, max(l.reorder.window(t.rtt.srtt), reorderFloor))
+	}
 }
 
 // detectLoss begins fast recovery if what is known says that a segment is lost:

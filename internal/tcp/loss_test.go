@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
+	"time"
 )
 
 // flight is a connection with ten segments on their way and ten more queued.
@@ -233,7 +234,7 @@ func TestT112IsLost(t *testing.T) {
 		{rangeSet{{3001, 4001}, {5001, 8001}}, 5001},
 	}
 	for _, tt := range tests {
-		for _, l := range []lossState{{sack: true, sacked: tt.sacked}, {sack: true, sacked: tt.sacked, phase: phaseFast, reordered: true}} {
+		for _, l := range []lossState{{sack: true, sacked: tt.sacked}, {sack: true, sacked: tt.sacked, phase: phaseFast, reorder: reorderState{seen: true}}} {
 			if got := l.lostEdge(1, 20_001, 1000); got != tt.want {
 				t.Errorf("%v: lost below %d, want %d", tt.sacked, got, tt.want)
 			}
@@ -263,26 +264,44 @@ func TestT120Reordering(t *testing.T) {
 	h.ack(2)
 	h.advance(50 * ms)
 	h.expect()
-	if !h.loss.reordered {
+	if !h.loss.reorder.seen {
 		t.Error("the reordering was not seen")
 	}
 	h.ack(2, "3001:4001")
-	h.advance(h.reorderTime() - 1)
+	h.advance(h.loss.reorder.window(h.rtt.srtt) - 1)
 	h.expect()
 	h.advance(1)
 	h.wantSegments(3)
+	// A D-SACK says that the window is too small, once in a round trip.
+	h.advance(100 * ms)
+	h.ack(4, "2001:3001")
+	if w := h.loss.reorder.window(100 * ms); w != 50*ms {
+		t.Errorf("window of %v", w)
+	}
+	h.write(1000)
+	h.ack(4, "2001:3001")
+	h.ack(4, "2001:3001")
+	if w := h.loss.reorder.window(100 * ms); w != 75*ms {
+		t.Errorf("window of %v", w)
+	}
+	for range reorderPersist {
+		h.loss.reorder.recovered()
+	}
+	if w := h.loss.reorder.window(100 * ms); w != 25*ms {
+		t.Errorf("window of %v", w)
+	}
 	// SACKed late is reordering too.
 	h = flight(t, ",sackOK")
 	h.ack(0, "3001:4001")
 	h.ack(0, "2001:4001")
-	if !h.loss.reordered {
+	if !h.loss.reorder.seen {
 		t.Error("the reordering was not seen")
 	}
 	// A block that grows at its end is none.
 	h = flight(t, ",sackOK")
 	h.ack(0, "1001:2001")
 	h.ack(0, "1001:3001")
-	if h.loss.reordered {
+	if h.loss.reorder.seen {
 		t.Error("reordering was seen where there was none")
 	}
 }
@@ -324,6 +343,64 @@ func TestLostRetransmission(t *testing.T) {
 	}
 }
 
+// So it is in the recovery after a timeout, by the order of the retransmissions
+// alone.
+func TestLostRetransmissionAfterTimeout(t *testing.T) {
+	h := thousand(t, ",sackOK")
+	h.write(6000)
+	h.drain()
+	h.advance(300 * ms)
+	h.wantSegments(1)
+	h.advance(100 * ms)
+	h.ack(1)
+	h.wantSegments(2, 3)
+	h.advance(99 * ms)
+	h.ack(1, "2001:3001") // too early: the original
+	h.wantSegments(4)
+	h.advance(100 * ms)
+	h.ack(1, "2001:4001") // 4 was sent after 2
+	if got := h.data(); !slices.Contains(got, "1001:2001") {
+		t.Errorf("sent %v", got)
+	}
+	h.ack(6)
+	if h.loss.phase != phaseOpen || h.retries != 0 {
+		t.Errorf("%+v", h.loss)
+	}
+}
+
+// What was sent before a retransmission that has arrived is lost, whatever is
+// SACKed above it.
+func TestTailLostWithFirst(t *testing.T) {
+	h := flight(t, ",sackOK") // 1 is lost, and 8 and all behind it
+	for n := int64(2); n <= 4; n++ {
+		h.ack(0, fmt.Sprintf("1001:%d", n*1000+1))
+	}
+	h.wantSegments(11, 12, 1)
+	h.ack(0, "1001:7001")
+	h.drain()
+	h.advance(100 * ms)
+	h.ack(7)
+	if got := h.data(); !slices.Contains(got, "7001:8001") {
+		t.Errorf("sent %v", got)
+	}
+}
+
+// The retransmissions that are watched are bounded, and of two of the same data
+// the later one counts.
+func TestWatch(t *testing.T) {
+	l := lossState{sack: true, phase: phaseFast}
+	for i := range int64(2 * maxResent) {
+		l.watch(epoch, span{i * 10, i*10 + 10}, 10_000)
+	}
+	if len(l.resent) != maxResent {
+		t.Errorf("%d are watched", len(l.resent))
+	}
+	l.watch(epoch, span{5, 15}, 10_000) // overlaps two
+	if n := len(l.resent); n != maxResent-1 || l.resent[n-1].span != (span{5, 15}) {
+		t.Errorf("%d are watched, the last is %v", n, l.resent[n-1])
+	}
+}
+
 // Data sent during recovery that is lost is a loss of its own.
 func TestLossInRecovery(t *testing.T) {
 	h := flight(t, ",sackOK")
@@ -345,7 +422,7 @@ func TestLossInRecovery(t *testing.T) {
 
 // Rules 3 and 4 of NextSeg: what is not known to be lost, and the last segment.
 func TestNextSegRules(t *testing.T) {
-	l := lossState{sack: true, phase: phaseFast, reordered: true, highRxt: 1001, sacked: rangeSet{{2001, 3001}}}
+	l := lossState{sack: true, phase: phaseFast, reorder: reorderState{seen: true}, highRxt: 1001, sacked: rangeSet{{2001, 3001}}}
 	if s := l.nextDoubtful(1, 5001, 1000); s != (span{1001, 2001}) {
 		t.Errorf("rule 3: %v", s)
 	}
@@ -563,6 +640,84 @@ func TestTailLossProbeNewData(t *testing.T) {
 	h.wantCwnd(2, 2.5)
 }
 
+// short is a connection as lossy makes it on a link with a round trip of 400 us,
+// and the time after which it probes.
+func short(t *testing.T) (h *harness, n int64, pto time.Duration) {
+	t.Helper()
+	h, n = lossy(t)
+	h.rtt = rttState{srtt: 400 * us, min: 400 * us, rto: minRTO}
+	return h, n, 800*us + tailSlack
+}
+
+// Where the RTO is many round trips a probe that had no answer is sent again,
+// after twice the time, as long as that is well before the RTO.
+func TestProbeAgain(t *testing.T) {
+	h, n, pto := short(t)
+	h.write(3000)
+	h.wantSegments(n+1, n+2, n+3)
+	for d := pto; d <= minRTO/4; d *= 2 {
+		h.advance(d - 1)
+		h.expect()
+		h.advance(1)
+		h.wantSegments(n + 3)
+	}
+	h.advance(minRTO - 1)
+	h.expect()
+	h.advance(1)
+	h.wantSegments(n + 1) // the timeout
+	h.advance(2*minRTO - 1)
+	h.expect() // no probe: nothing says that anybody is there
+	h.advance(1)
+	h.wantSegments(n + 1)
+	h.advance(400 * us)
+	h.ack(n + 1)
+	h.wantSegments(n+2, n+3)
+	h.advance(pto)
+	h.wantSegments(n + 2) // somebody is
+	// A probe that arrives shows that all before it is lost.
+	h, n, pto = short(t)
+	h.write(4000)
+	h.drain()
+	h.advance(pto)
+	h.wantSegments(n + 4)
+	h.advance(400 * us)
+	h.ack(n, fmt.Sprintf("%d:%d", n*1000+3001, n*1000+4001))
+	h.wantSegments(n+1, n+2)
+	// And in recovery, where it is the first segment.
+	h.advance(pto - 1)
+	h.expect()
+	h.advance(1)
+	h.wantSegments(n + 1)
+	h.advance(400 * us)
+	h.ack(n+1, fmt.Sprintf("%d:%d", n*1000+3001, n*1000+4001))
+	h.wantSegments(n+2, n+3) // 2 was sent before it
+	h.ack(n + 4)
+	if h.loss.phase != phaseOpen || h.loss.probes != 0 {
+		t.Errorf("%+v", h.loss)
+	}
+}
+
+// A lone segment is probed while the peer acknowledges at once.
+func TestProbeLoneSegment(t *testing.T) {
+	h, n, pto := short(t)
+	h.write(1000)
+	h.wantSegments(n + 1)
+	h.advance(pto)
+	h.wantSegments(n + 1)
+	h.advance(400 * us)
+	h.ack(n + 1)
+	for range quickAcks {
+		h.write(1000)
+		n++
+		h.drain()
+		h.ack(n + 1)
+	}
+	h.write(1000)
+	h.wantSegments(n + 2)
+	h.advance(minRTO - 1)
+	h.expect()
+}
+
 func TestNoTailLossProbe(t *testing.T) {
 	fresh := thousand(t, ",sackOK") // has lost nothing yet
 	fresh.write(3000)
@@ -583,5 +738,102 @@ func TestNoTailLossProbe(t *testing.T) {
 	closed.advance(2*closed.rtt.srtt + tailSlack)
 	for _, s := range closed.data() {
 		t.Errorf("sent %s beyond the window", s)
+	}
+}
+
+// T148: what was too long is sent again at once, shorter, and cwnd stays.
+func TestT148PathMTU(t *testing.T) {
+	for _, options := range []string{"", ",sackOK", ",sackOK,ts 1 0"} {
+		h := flight(t, "")
+		if options != "" {
+			h = thousand(t, options)
+			h.write(20_000)
+			h.drain()
+		}
+		cwnd, una, nxt := h.reno.cwnd, h.snd.una, h.snd.nxt
+		// Not in flight, or no news.
+		for _, seq := range []uint32{h.snd.seq.wrap(una - 1), h.snd.seq.wrap(nxt), h.snd.seq.wrap(una + 1<<31), 0x1234567} {
+			if h.PathMTU(h.now, 600, seq) {
+				t.Errorf("%#x is not in flight", seq)
+			}
+		}
+		for _, mss := range []int{1000, 1400} {
+			if h.PathMTU(h.now, mss, h.snd.seq.wrap(una)) {
+				t.Errorf("segments of %d are no news", mss)
+			}
+		}
+		h.pull()
+		h.wantData()
+		if !h.PathMTU(h.now, 600, h.snd.seq.wrap(una+3000)) || h.PathMTU(h.now, 600, h.snd.seq.wrap(una)) {
+			t.Fatal("refused, or taken twice")
+		}
+		h.pull()
+		size := int64(600)
+		if h.timestamps {
+			size -= timestampsLen
+		}
+		// All that was in flight, but for the end if cwnd has no room for a whole
+		// segment by then.
+		var want []string
+		for off := una; off < nxt; off += size {
+			want = append(want, fmt.Sprintf("%d:%d", off, min(off+size, nxt)))
+		}
+		want = want[:len(want)-1]
+		got := h.data()
+		if len(got) < len(want) || !slices.Equal(got[:len(want)], want) {
+			t.Fatalf("sent %v, want %v", got, want)
+		}
+		if h.reno.cwnd != cwnd || h.rtt.backoff != 0 || h.retries != 0 {
+			t.Errorf("cwnd %d, was %d; backoff %d, %d retries", h.reno.cwnd, cwnd, h.rtt.backoff, h.retries)
+		}
+		h.drain()
+		ts := ""
+		if h.timestamps {
+			ts = fmt.Sprintf(" <ts %d 0>", h.tsRecent-hPeerTS)
+		}
+		h.in(fmt.Sprintf(". 1 ack %d%s", nxt, ts))
+		for _, s := range h.data() {
+			var from, to int64
+			fmt.Sscanf(s, "%d:%d", &from, &to)
+			if from < nxt || to-from > size {
+				t.Errorf("after the ACK comes %s", s)
+			}
+		}
+		if h.loss.phase != phaseOpen {
+			t.Errorf("phase %d", h.loss.phase)
+		}
+	}
+}
+
+// T148: only a connection that is established, or was, hears of it.
+func TestT148PathMTUStates(t *testing.T) {
+	h := active(t)
+	if h.PathMTU(h.now, 600, hISS) {
+		t.Error("in SYN-SENT")
+	}
+	h = passive(t, "S 0 <mss 1000>")
+	if h.PathMTU(h.now, 600, hISS) {
+		t.Error("in SYN-RECEIVED")
+	}
+	h = thousand(t, "")
+	h.write(1500)
+	h.closeWrite()
+	h.drain()
+	if !h.PathMTU(h.now, 900, h.snd.seq.wrap(1)) {
+		t.Error("not in FIN-WAIT-1")
+	}
+	h.pull()
+	h.expect(". 1:901 ack 1", "FP. 901:1501 ack 1")
+	h.in(". 1 ack 1502")
+	h.want(FinWait2)
+	h.in("F. 1 ack 1502")
+	h.want(TimeWait)
+	if h.PathMTU(h.now, 600, h.snd.seq.wrap(1501)) {
+		t.Error("in TIME-WAIT")
+	}
+	h = thousand(t, "")
+	h.write(1000)
+	if !h.PathMTU(h.now, 1, h.snd.seq.wrap(1)) || h.PathMTU(h.now, 0, h.snd.seq.wrap(1)) || h.snd.mss != mssFloor {
+		t.Errorf("segments of %d bytes", h.snd.mss)
 	}
 }

@@ -140,7 +140,7 @@ func (t *TCB) tailProbe(now time.Time) (span, sendKind) {
 	if !ok {
 		return span{}, sendNothing
 	}
-	t.loss.sentTail(s, max(t.snd.nxt, s.end), kind == sendTail)
+	t.loss.sentTail(now, s, max(t.snd.nxt, s.end), kind == sendTail)
 	t.timing = t.timing && kind == sendNew
 	t.arm(timerRexmt, now, t.rtt.timeout())
 	return s, kind
@@ -219,15 +219,16 @@ func (t *TCB) outputData(now time.Time, buf []byte, s span, kind sendKind) int {
 			t.loss.limited += n
 		}
 		t.snd.nxt = s.end
-		t.tailWanted = true
 		// After a timeout a sample is wanted in any case: it ends the backoff.
 		if !t.timing && (t.loss.phase == phaseOpen || t.rtt.backoff > 0) {
 			t.timing, t.timedSeq, t.timedAt = true, s.start, now
 		}
 	case sendAgain:
-		t.loss.sentAgain(s, t.snd.nxt)
+		t.loss.sentAgain(now, s, t.snd.nxt)
+	case sendRescue:
+		t.loss.everRxt = max(t.loss.everRxt, s.end)
 	}
-	t.lastSend = now
+	t.lastSend, t.tailWanted = now, true
 	// During fast recovery a retransmission starts the timer again (RFC 6675
 	// section 5.1): until its ACK can have come nothing has timed out.
 	if !t.armed(timerRexmt) || kind == sendAgain && t.loss.phase == phaseFast {

@@ -61,6 +61,31 @@ func (r *rangeSet) removeBefore(off int64) {
 	}
 }
 
+// remove forgets the offsets of [start, end).
+func (r *rangeSet) remove(start, end int64) {
+	if start >= end {
+		return
+	}
+	i := r.search(start + 1)
+	j := i
+	var rest [2]span
+	n := 0
+	for ; j < len(*r) && (*r)[j].start < end; j++ {
+		s := (*r)[j]
+		if s.start < start {
+			rest[n] = span{s.start, start}
+			n++
+		}
+		if s.end > end {
+			rest[n] = span{end, s.end}
+			n++
+		}
+	}
+	if i < j {
+		*r = slices.Replace(*r, i, j, rest[:n]...)
+	}
+}
+
 // find returns the span that holds off.
 func (r rangeSet) find(off int64) (span, bool) {
 	i := r.search(off)

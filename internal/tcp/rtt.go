@@ -18,8 +18,17 @@ const (
 // rttState estimates the round-trip time.
 type rttState struct {
 	srtt, rttvar time.Duration // srtt 0: no sample yet
+	min          time.Duration // the shortest that was timed; 0: none was
 	rto          time.Duration // without backoff
 	backoff      uint8         // doublings in force (section 5.5)
+}
+
+// timed takes a measurement by our own clock.
+func (r *rttState) timed(m time.Duration) {
+	if r.min == 0 || m < r.min {
+		r.min = m
+	}
+	r.sample(m)
 }
 
 // sample takes one measurement (section 2.2, 2.3) and ends the backoff.

@@ -78,11 +78,10 @@ func (t *TCB) Advance(now time.Time) {
 		case timerEnd:
 			t.endTimeout()
 		case timerReorder:
-			if t.loss.phase == phaseOpen && len(t.loss.sacked) > 0 {
-				t.enterRecovery()
-			}
+			t.loss.sure = max(t.loss.sure, t.loss.doubt)
+			t.useBlocks(now)
 		case timerTail:
-			t.loss.tailDue = t.loss.phase == phaseOpen
+			t.tailTimeout()
 		}
 	}
 }
@@ -124,29 +123,56 @@ func (t *TCB) retransmissionTimeout(now time.Time) {
 	t.disarm(timerTail)
 }
 
-// tailSlack is added to the time after which the tail is probed, for clocks that
-// are coarse and ACKs that wait for a neighbour.
-const tailSlack = 2 * time.Millisecond
+const (
+	// reorderFloor is the shortest reordering window, for clocks that are coarse.
+	reorderFloor = 250 * time.Microsecond
+	// tailSlack is added to the time after which the tail is probed, for the same
+	// reason and for ACKs that wait for a neighbour.
+	tailSlack = time.Millisecond
+)
 
-// armTail has the end of what is outstanding probed if no ACK comes in two round
-// trips: RFC 8985 section 7.2. A lone segment is left to the retransmission
-// timer, since its ACK may be delayed.
+// armTail has what is outstanding probed if no ACK comes in two round trips: RFC
+// 8985 section 7.2. A lone segment is left to the retransmission timer, since its
+// ACK may be delayed.
 //
 // Deviation: a connection that has lost nothing yet does not probe. Between a
 // guest and its host nothing is lost as a rule, and a guest that was suspended
 // for a moment is no reason to send anything.
+//
+// Deviation: where the round trip is so short that the minimum of the RTO makes it
+// many of them, more is probed: in recovery, again if a probe had no answer, each
+// time after twice as long (as RFC 9002 section 6.2 does), and a lone segment if
+// losses have just made the peer acknowledge at once (RFC 5681 section 4.2).
 func (t *TCB) armTail(now time.Time) {
 	t.tailWanted = false
 	t.disarm(timerTail)
 	l := &t.loss
-	if l.everRxt == 0 || !l.sack || l.phase != phaseOpen || l.tailEnd != 0 || len(l.sacked) > 0 ||
-		t.rtt.srtt == 0 || t.snd.nxt-t.snd.una <= t.mss() {
+	if l.everRxt == 0 || !l.sack || t.rtt.srtt == 0 || t.retries > 0 || l.phase == phaseOpen && len(l.sacked) > 0 {
 		return
 	}
-	at := now.Add(2*t.rtt.srtt + tailSlack)
-	if at.Before(t.timers[timerRexmt]) {
+	d := (2*t.rtt.srtt + tailSlack) << l.probes
+	lone := t.snd.nxt-t.snd.una <= t.mss()
+	if l.phase != phaseOpen || l.tailEnd != 0 || lone {
+		quick := l.phase != phaseOpen || !lone || t.snd.una-l.everRxt < quickAcks*t.mss()
+		if !quick || d > t.rtt.rto/4 {
+			return
+		}
+	}
+	if at := now.Add(d); at.Before(t.timers[timerRexmt]) {
 		t.timers[timerTail] = at
 	}
+}
+
+// tailTimeout has a probe sent: the tail, or in recovery the first segment, which
+// most likely is lost again.
+func (t *TCB) tailTimeout() {
+	t.loss.probes++
+	if t.loss.phase == phaseOpen {
+		t.loss.tailDue = true
+		return
+	}
+	t.loss.rtxDue = true
+	t.timing = false // Karn
 }
 
 // persistTimeout probes a window that is closed, or too small to be worth a
