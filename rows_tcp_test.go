@@ -746,6 +746,34 @@ func TestT075_DayOfProbes(t *testing.T) {
 	})
 }
 
+// TestT076_SilenceAfterAnswers answers the probes of a closed window for ten minutes,
+// and no more.
+func TestT076_SilenceAfterAnswers(t *testing.T) {
+	fails(t, "T076")
+	eachEnd(t, Config{}, func(t *testing.T, g *guest, far farEnd) {
+		g.win = 0
+		g.ack()
+		go far.Write(pattern(1000))
+		for end := time.Now().Add(10 * time.Minute); time.Now().Before(end); {
+			g.expectWithin(5*time.Minute, ".")
+			g.ack()
+		}
+		start := time.Now()
+		for {
+			seg, ok := g.next(time.Hour)
+			if !ok {
+				t.Fatal("it is not given up")
+			}
+			if seg.flags&flagR != 0 {
+				break
+			}
+		}
+		if d := time.Since(start); d < 100*time.Second || d > 15*time.Minute {
+			t.Errorf("given up after %v", d)
+		}
+	})
+}
+
 func TestT079_ByteByByte(t *testing.T) {
 	inBubble(t, func(t *testing.T, fam family) {
 		m, _ := newRig(t, Config{ReceiveBuffer: 64 << 10})
