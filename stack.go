@@ -50,7 +50,8 @@ var (
 // are handed over in order, one at a time; frames of different flows are handed
 // over concurrently, from any goroutine. No lock is held during the call, so a
 // Writer may call [Stack.HandlePacket] of this or of another Stack, and one that
-// blocks delays its own flow only. The Writer owns the frame unless
+// blocks delays its own flow only. It must not call [Stack.Close], which waits for
+// it. The Writer owns the frame unless
 // [Config.ReuseFrames] is set. An error means that this frame was lost.
 type Writer func(frame []byte) error
 
@@ -123,7 +124,8 @@ type Config struct {
 	Addresses []netip.Addr
 
 	// MaxTCPFlows bounds the TCP flows of one namespace, those in TIME-WAIT
-	// apart. Default 16384; negative: no limit.
+	// apart. Beyond it a SYN for the host is answered with an ICMP "administratively
+	// prohibited", one for a listener not at all. Default 16384; negative: no limit.
 	MaxTCPFlows int
 
 	// MaxUDPFlows bounds the UDP flows of one namespace; with
@@ -137,12 +139,14 @@ type Config struct {
 	// it again. Default 256; negative: no limit.
 	MaxPendingDials int
 
-	// MaxHalfOpen bounds the connections of one listener whose handshake has
-	// not ended. The oldest makes way for a new one. Default 256; negative: no limit.
+	// MaxHalfOpen bounds the connections of one listener and namespace whose
+	// handshake has not ended. The oldest makes way for a new one when it is a
+	// second old. Each has its place in the backlog, so it counts where that is
+	// longer. Default 256; negative: no limit.
 	MaxHalfOpen int
 
-	// Backlog bounds the connections of one listener that wait for Accept or
-	// are on their way there: without a free place a SYN gets no answer.
+	// Backlog bounds the connections of one listener and namespace that wait for
+	// Accept or are on their way there: without a free place a SYN gets no answer.
 	// Default 128; negative: no limit.
 	Backlog int
 
@@ -326,10 +330,10 @@ type Stack struct {
 	flows       map[flowKey]flow
 	accounts    map[uintptr]*account
 	listeners   map[listenKey]*Listener
-	guests      map[guestKey]link
-	shares      map[uintptr]*share // of the limits
-	sweepShares int                // how many shares there are when those without use are forgotten
-	paths       map[guestKey]path  // where packets must be shorter than the MTU
+	guests      map[uintptr]map[guestKey]link // by namespace
+	shares      map[uintptr]*share            // of the limits
+	sweepShares int                           // how many shares there are when those without use are forgotten
+	paths       map[guestKey]path             // where packets must be shorter than the MTU
 	routes      map[uintptr][]route
 	draining    map[*tcpConn]struct{} // gone from flows, still writing to their hosts
 
@@ -361,7 +365,7 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 		flows:     make(map[flowKey]flow),
 		accounts:  make(map[uintptr]*account),
 		listeners: make(map[listenKey]*Listener),
-		guests:    make(map[guestKey]link),
+		guests:    make(map[uintptr]map[guestKey]link),
 		paths:     make(map[guestKey]path),
 		shares:    make(map[uintptr]*share),
 		routes:    make(map[uintptr][]route),

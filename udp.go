@@ -628,10 +628,13 @@ func (f *udpFlow) readFailed(err error) bool {
 // nobody else is emitting.
 func (f *udpFlow) emit(b *datagramBuffer, n int, from ipAddr, port uint16) error {
 	f.emitting = true
-	l := f.link
+	l, stale := f.link, time.Since(f.learned) >= learnEvery
 	f.mu.Unlock()
 
 	s, be := f.stack, binary.BigEndian
+	if stale {
+		l = s.presentLink(f.key.guestKey(), l)
+	}
 	d := b[:udpHeaderLen+n]
 	be.PutUint16(d, port)
 	be.PutUint16(d[2:], f.key.guestPort)
