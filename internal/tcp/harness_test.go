@@ -328,6 +328,18 @@ func checkState(t *testing.T, c *TCB) {
 			fail("scoreboard")
 		}
 	}
+	for i, s := range c.loss.lostAgain {
+		if s.start >= s.end || s.start < c.snd.una || s.end > c.snd.nxt || i > 0 && c.loss.lostAgain[i-1].end >= s.start ||
+			c.loss.missing(s.start, s.end) != s.end-s.start {
+			fail("lost retransmissions")
+		}
+	}
+	if len(c.loss.resent) > maxResent || len(c.loss.lostAgain) > maxSacked+maxResent {
+		fail("retransmissions")
+	}
+	if idle := c.loss.sacked == nil && c.loss.resent == nil && c.loss.lostAgain == nil; c.snd.una == c.snd.nxt && !idle {
+		fail("memory of a connection with nothing outstanding")
+	}
 	if len(c.loss.sacked) > maxSacked || c.loss.pipe(c.snd.una, c.snd.nxt, c.mss()) < 0 || c.loss.dupAcks < 0 {
 		fail("scoreboard size")
 	}

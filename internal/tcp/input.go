@@ -275,8 +275,8 @@ func (t *TCB) acked(now time.Time, ack int64, seg *Segment) {
 		t.events |= EventWritable
 	}
 	t.tailWanted = true
+	twice := t.takeDuplicate(seg, ack)
 	t.loss.probes = 0
-	twice := t.duplicateBlock(seg, ack)
 	if t.loss.tailAcked(ack, twice) && t.loss.phase == phaseOpen {
 		t.reno.halve(t.reno.cwnd, t.mss())
 		t.reno.cwnd = t.reno.ssthresh
@@ -384,6 +384,7 @@ func (t *TCB) takeBlocks(seg *Segment) int64 {
 // brings news (RFC 6675 section 2), without it one that has nothing else to say.
 func (t *TCB) duplicateAck(now time.Time, seg *Segment, dup bool) {
 	if t.loss.sack {
+		t.takeDuplicate(seg, t.snd.una)
 		dup = t.takeBlocks(seg) > 0
 	}
 	if !dup {
@@ -399,15 +400,21 @@ func (t *TCB) duplicateAck(now time.Time, seg *Segment, dup bool) {
 	}
 }
 
-// duplicateBlock reports whether the first block is a D-SACK (RFC 2883 section 4): it
-// is below ack or within the second one.
-func (t *TCB) duplicateBlock(seg *Segment, ack int64) bool {
-	if seg.Blocks == 0 {
+// takeDuplicate reports whether the first block is a D-SACK (RFC 2883 section 4): it
+// is below ack, or within the second one. Where the network reorders, what has come
+// twice was sent again too early, unless it was a probe or after a timeout.
+func (t *TCB) takeDuplicate(seg *Segment, ack int64) bool {
+	if seg.Blocks == 0 || !t.loss.sack {
 		return false
 	}
-	left, right := t.snd.seq.unwrap(seg.SACK[0].Left, ack), t.snd.seq.unwrap(seg.SACK[0].Right, ack)
-	return right <= ack || seg.Blocks > 1 &&
-		left >= t.snd.seq.unwrap(seg.SACK[1].Left, ack) && right <= t.snd.seq.unwrap(seg.SACK[1].Right, ack)
+	offset := func(n uint32) int64 { return t.snd.seq.unwrap(n, ack) }
+	first, second := seg.SACK[0], seg.SACK[1]
+	twice := offset(first.Right) <= ack || seg.Blocks > 1 &&
+		offset(first.Left) >= offset(second.Left) && offset(first.Right) <= offset(second.Right)
+	if twice && t.loss.reorder.seen && t.loss.tailEnd == 0 && t.loss.phase != phaseRTO {
+		t.loss.reorder.duplicate(t.snd.una, t.snd.nxt)
+	}
+	return twice
 }
 
 // useBlocks looks for losses that the scoreboard shows: RACK_detect_loss of RFC
@@ -433,7 +440,7 @@ func (t *TCB) useBlocks(now time.Time) {
 	if una >= l.doubt {
 		t.disarm(timerReorder)
 	}
-	if d := l.orderEdge(); d > l.lostEdge(una, nxt, mss) && !t.armed(timerReorder) {
+	if d := l.orderEdge(); l.phase != phaseRTO && d > l.lostEdge(una, nxt, mss) && !t.armed(timerReorder) {
 		l.doubt = d
 		t.arm(timerReorder, now, max(l.reorder.window(t.rtt.srtt), reorderFloor))
 	}

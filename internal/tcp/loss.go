@@ -193,7 +193,6 @@ func (l *lossState) sentTail(now time.Time, s span, nxt int64, again bool) {
 	l.tailAgain = again || l.tailEnd != 0 && l.tailAgain
 	l.tailEnd = nxt
 	if again {
-		l.everRxt = max(l.everRxt, s.end)
 		l.watch(now, s, nxt)
 	}
 }
@@ -253,16 +252,18 @@ func (l *lossState) release() { l.sacked, l.resent, l.lostAgain = nil, nil, nil 
 
 // sentAgain notes that s was retransmitted.
 func (l *lossState) sentAgain(now time.Time, s span, nxt int64) {
-	l.highRxt, l.everRxt = max(l.highRxt, s.end), max(l.everRxt, s.end)
-	if l.sack {
-		l.lostAgain.remove(s.start, s.end)
-		l.watch(now, s, nxt)
-	}
+	l.highRxt = max(l.highRxt, s.end)
+	l.lostAgain.remove(s.start, s.end)
+	l.watch(now, s, nxt)
 }
 
 // watch notes that s was retransmitted, to find out if that is lost. Of two
 // retransmissions of the same data the later one counts.
 func (l *lossState) watch(now time.Time, s span, nxt int64) {
+	l.everRxt = max(l.everRxt, s.end)
+	if !l.sack {
+		return
+	}
 	l.resent = slices.DeleteFunc(l.resent, func(r resent) bool { return r.start < s.end && s.start < r.end })
 	if len(l.resent) < maxResent {
 		l.resent = append(l.resent, resent{s, nxt, now})

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
+	"time"
 )
 
 // flight is a connection with ten segments on their way and ten more queued.
@@ -271,6 +272,24 @@ func TestT120Reordering(t *testing.T) {
 	h.expect()
 	h.advance(1)
 	h.wantSegments(3)
+	// A D-SACK says that the window is too small, once in a round trip.
+	h.advance(100 * ms)
+	h.ack(4, "2001:3001")
+	if w := h.loss.reorder.window(100 * ms); w != 50*ms {
+		t.Errorf("window of %v", w)
+	}
+	h.write(1000)
+	h.ack(4, "2001:3001")
+	h.ack(4, "2001:3001")
+	if w := h.loss.reorder.window(100 * ms); w != 75*ms {
+		t.Errorf("window of %v", w)
+	}
+	for range reorderPersist {
+		h.loss.reorder.recovered()
+	}
+	if w := h.loss.reorder.window(100 * ms); w != 25*ms {
+		t.Errorf("window of %v", w)
+	}
 	// SACKed late is reordering too.
 	h = flight(t, ",sackOK")
 	h.ack(0, "3001:4001")
@@ -321,6 +340,64 @@ func TestLostRetransmission(t *testing.T) {
 	h.ack(16)
 	if h.loss.phase != phaseOpen || len(h.loss.resent) != 0 {
 		t.Errorf("%+v", h.loss)
+	}
+}
+
+// So it is in the recovery after a timeout, by the order of the retransmissions
+// alone.
+func TestLostRetransmissionAfterTimeout(t *testing.T) {
+	h := thousand(t, ",sackOK")
+	h.write(6000)
+	h.drain()
+	h.advance(300 * ms)
+	h.wantSegments(1)
+	h.advance(100 * ms)
+	h.ack(1)
+	h.wantSegments(2, 3)
+	h.advance(99 * ms)
+	h.ack(1, "2001:3001") // too early: the original
+	h.wantSegments(4)
+	h.advance(100 * ms)
+	h.ack(1, "2001:4001") // 4 was sent after 2
+	if got := h.data(); !slices.Contains(got, "1001:2001") {
+		t.Errorf("sent %v", got)
+	}
+	h.ack(6)
+	if h.loss.phase != phaseOpen || h.retries != 0 {
+		t.Errorf("%+v", h.loss)
+	}
+}
+
+// What was sent before a retransmission that has arrived is lost, whatever is
+// SACKed above it.
+func TestTailLostWithFirst(t *testing.T) {
+	h := flight(t, ",sackOK") // 1 is lost, and 8 and all behind it
+	for n := int64(2); n <= 4; n++ {
+		h.ack(0, fmt.Sprintf("1001:%d", n*1000+1))
+	}
+	h.wantSegments(11, 12, 1)
+	h.ack(0, "1001:7001")
+	h.drain()
+	h.advance(100 * ms)
+	h.ack(7)
+	if got := h.data(); !slices.Contains(got, "7001:8001") {
+		t.Errorf("sent %v", got)
+	}
+}
+
+// The retransmissions that are watched are bounded, and of two of the same data
+// the later one counts.
+func TestWatch(t *testing.T) {
+	l := lossState{sack: true, phase: phaseFast}
+	for i := range int64(2 * maxResent) {
+		l.watch(epoch, span{i * 10, i*10 + 10}, 10_000)
+	}
+	if len(l.resent) != maxResent {
+		t.Errorf("%d are watched", len(l.resent))
+	}
+	l.watch(epoch, span{5, 15}, 10_000) // overlaps two
+	if n := len(l.resent); n != maxResent-1 || l.resent[n-1].span != (span{5, 15}) {
+		t.Errorf("%d are watched, the last is %v", n, l.resent[n-1])
 	}
 }
 
@@ -561,6 +638,84 @@ func TestTailLossProbeNewData(t *testing.T) {
 	h.wantSegments(n + 1) // no second probe: the timeout
 	h.ack(n + 5)
 	h.wantCwnd(2, 2.5)
+}
+
+// short is a connection as lossy makes it on a link with a round trip of 400 us,
+// and the time after which it probes.
+func short(t *testing.T) (h *harness, n int64, pto time.Duration) {
+	t.Helper()
+	h, n = lossy(t)
+	h.rtt = rttState{srtt: 400 * us, min: 400 * us, rto: minRTO}
+	return h, n, 800*us + tailSlack
+}
+
+// Where the RTO is many round trips a probe that had no answer is sent again,
+// after twice the time, as long as that is well before the RTO.
+func TestProbeAgain(t *testing.T) {
+	h, n, pto := short(t)
+	h.write(3000)
+	h.wantSegments(n+1, n+2, n+3)
+	for d := pto; d <= minRTO/4; d *= 2 {
+		h.advance(d - 1)
+		h.expect()
+		h.advance(1)
+		h.wantSegments(n + 3)
+	}
+	h.advance(minRTO - 1)
+	h.expect()
+	h.advance(1)
+	h.wantSegments(n + 1) // the timeout
+	h.advance(2*minRTO - 1)
+	h.expect() // no probe: nothing says that anybody is there
+	h.advance(1)
+	h.wantSegments(n + 1)
+	h.advance(400 * us)
+	h.ack(n + 1)
+	h.wantSegments(n+2, n+3)
+	h.advance(pto)
+	h.wantSegments(n + 2) // somebody is
+	// A probe that arrives shows that all before it is lost.
+	h, n, pto = short(t)
+	h.write(4000)
+	h.drain()
+	h.advance(pto)
+	h.wantSegments(n + 4)
+	h.advance(400 * us)
+	h.ack(n, fmt.Sprintf("%d:%d", n*1000+3001, n*1000+4001))
+	h.wantSegments(n+1, n+2)
+	// And in recovery, where it is the first segment.
+	h.advance(pto - 1)
+	h.expect()
+	h.advance(1)
+	h.wantSegments(n + 1)
+	h.advance(400 * us)
+	h.ack(n+1, fmt.Sprintf("%d:%d", n*1000+3001, n*1000+4001))
+	h.wantSegments(n+2, n+3) // 2 was sent before it
+	h.ack(n + 4)
+	if h.loss.phase != phaseOpen || h.loss.probes != 0 {
+		t.Errorf("%+v", h.loss)
+	}
+}
+
+// A lone segment is probed while the peer acknowledges at once.
+func TestProbeLoneSegment(t *testing.T) {
+	h, n, pto := short(t)
+	h.write(1000)
+	h.wantSegments(n + 1)
+	h.advance(pto)
+	h.wantSegments(n + 1)
+	h.advance(400 * us)
+	h.ack(n + 1)
+	for range quickAcks {
+		h.write(1000)
+		n++
+		h.drain()
+		h.ack(n + 1)
+	}
+	h.write(1000)
+	h.wantSegments(n + 2)
+	h.advance(minRTO - 1)
+	h.expect()
 }
 
 func TestNoTailLossProbe(t *testing.T) {

@@ -360,13 +360,17 @@ const lanGolden = "testdata/lan.golden"
 func TestLANLoss(t *testing.T) {
 	const size, seeds = 8 << 20, 4
 	losses := []float64{0.1, 1, 5}
+	bursts := []time.Duration{0, 50 * us, 500 * us}
+	if testing.Short() || underRace {
+		bursts = bursts[:1]
+	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "%-8s", "burst")
 	for _, loss := range losses {
 		fmt.Fprintf(&b, " %16s", fmt.Sprintf("%g%%", loss))
 	}
 	b.WriteByte('\n')
-	for _, burst := range []time.Duration{0, 50 * us, 500 * us} {
+	for _, burst := range bursts {
 		fmt.Fprintf(&b, "%-8v", burst)
 		for _, loss := range losses {
 			var d time.Duration

@@ -225,6 +225,8 @@ func (t *TCB) outputData(now time.Time, buf []byte, s span, kind sendKind) int {
 		}
 	case sendAgain:
 		t.loss.sentAgain(now, s, t.snd.nxt)
+	case sendRescue:
+		t.loss.everRxt = max(t.loss.everRxt, s.end)
 	}
 	t.lastSend, t.tailWanted = now, true
 	// During fast recovery a retransmission starts the timer again (RFC 6675

@@ -63,6 +63,9 @@ func (r *rangeSet) removeBefore(off int64) {
 
 // remove forgets the offsets of [start, end).
 func (r *rangeSet) remove(start, end int64) {
+	if start >= end {
+		return
+	}
 	i := r.search(start + 1)
 	j := i
 	var rest [2]span

@@ -55,6 +55,11 @@ func TestRangeSet(t *testing.T) {
 				for i := range lo {
 					b[i] = false
 				}
+			} else if rnd.IntN(6) == 0 {
+				r.remove(lo, hi)
+				for i := lo; i < hi; i++ {
+					b[i] = false
+				}
 			} else {
 				fresh := hi - lo - b.count(lo, hi)
 				split := r.wouldSplit(lo, hi)

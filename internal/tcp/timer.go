@@ -125,10 +125,10 @@ func (t *TCB) retransmissionTimeout(now time.Time) {
 
 const (
 	// reorderFloor is the shortest reordering window, for clocks that are coarse.
-	reorderFloor = time.Millisecond
+	reorderFloor = 250 * time.Microsecond
 	// tailSlack is added to the time after which the tail is probed, for the same
 	// reason and for ACKs that wait for a neighbour.
-	tailSlack = 2 * time.Millisecond
+	tailSlack = time.Millisecond
 )
 
 // armTail has what is outstanding probed if no ACK comes in two round trips: RFC
