@@ -449,8 +449,8 @@ func (s *Stack) handleTransport(ns uintptr, p *ipPacket, l *link) error {
 // endsHere reports whether a packet goes no further than the Stack: to one of its
 // own addresses, to a listener, to an address of the guest's own link, or to more
 // than one host. Everything else is behind it, one hop away, and does not get
-// there with a TTL or hop limit of 1: "If the resulting TTL is zero […] the packet
-// must be discarded" (RFC 1812 section 5.3.1; RFC 8200 section 3).
+// there with a TTL or hop limit of 1: one that is 0 after a hop ends the packet (RFC
+// 1812 section 5.3.1, RFC 8200 section 3).
 //
 // Deviation: a TTL of 0 passes, which nobody may send. There are guests without a
 // network stack of their own whose packets have it.
