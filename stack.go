@@ -182,7 +182,7 @@ type Config struct {
 	ReuseFrames bool
 
 	// Logger is told of flows that are opened, refused and closed, at debug
-	// level, never per packet. Nil logs nothing.
+	// level, never per packet, and of each at most ten times a second. Nil logs nothing.
 	Logger *slog.Logger
 }
 
@@ -321,6 +321,7 @@ type Stack struct {
 	counters   counters
 	limits     [numLimited]tokenBucket
 	fragmentID fragmentIDs
+	logLimits  [numFlowNews]tokenBucket
 	slabs      sync.Pool      // of *slab
 	goroutines sync.WaitGroup // that Close waits for
 	closed     atomic.Bool    // set under mu
@@ -595,11 +596,32 @@ func (s *Stack) newFrame(n int) []byte {
 	return f
 }
 
+// flowNews is what happens to a flow.
+type flowNews uint8
+
+const (
+	flowOpened flowNews = iota
+	flowRefused
+	flowClosed
+	numFlowNews
+)
+
+func (n flowNews) String() string {
+	return [...]string{"flow opened", "flow refused", "flow closed"}[n]
+}
+
+// The logger is told each news at most ten times a second, after a burst of ten: a
+// guest makes as many flows as it likes.
+const (
+	logInterval = time.Second / 10
+	logBurst    = 10
+)
+
 // log tells the logger, if there is one, what happened to a flow.
-func (s *Stack) log(what string, key *flowKey, args ...any) {
-	if s.cfg.Logger != nil {
+func (s *Stack) log(what flowNews, key *flowKey, args ...any) {
+	if s.cfg.Logger != nil && s.logLimits[what].takeEvery(time.Now(), int64(logInterval), logBurst) {
 		f := key.flow()
-		s.cfg.Logger.Debug(what, append(args, "namespace", f.Namespace, "network", f.Network,
+		s.cfg.Logger.Debug(what.String(), append(args, "namespace", f.Namespace, "network", f.Network,
 			"guest", f.Source, "host", f.Destination)...)
 	}
 }

@@ -216,9 +216,9 @@ func (c *tcpConn) run(ctx context.Context) {
 	host, err := s.connect(ctx, c.key.flow())
 	s.endDial(c.key.ns)
 	if err != nil {
-		s.log("flow refused", &c.key, "error", err)
+		s.log(flowRefused, &c.key, "error", err)
 	} else {
-		s.log("flow opened", &c.key)
+		s.log(flowOpened, &c.key)
 	}
 	now := time.Now()
 	cfg := s.tcbConfig(&c.key, now, c.opening.old)

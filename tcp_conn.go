@@ -242,7 +242,7 @@ func (c *tcpConn) react(ev tcp.Events, reason tcp.Reason, unread bool) {
 		c.unread = unread
 		s.removeLocked(&c.key, c)
 		s.mu.Unlock()
-		s.log("flow closed", &c.key, "reason", reason)
+		s.log(flowClosed, &c.key, "reason", reason)
 	}
 }
 
