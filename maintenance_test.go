@@ -680,3 +680,40 @@ func TestDrainingFlowsCount(t *testing.T) {
 		m.expectFlows(0)
 	})
 }
+
+// TestDefaultLimits reaches the limits of a Config that does not set them.
+func TestDefaultLimits(t *testing.T) {
+	flood := func(m *machine, n int, to netip.AddrPort, udp bool) {
+		for i := range n {
+			g := m.open(uint16(1+i), to)
+			if udp {
+				m.send(udpPacket(g.id.guest, to, nil))
+			} else {
+				g.syn()
+			}
+		}
+		synctest.Wait()
+	}
+	inBubble(t, func(t *testing.T, fam family) {
+		m, h := newRig(t, Config{Backlog: -1})
+		h.setDial(func(ctx context.Context, _ Flow) (net.Conn, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		})
+		mustListen(t, m.s, "tcp", fam.at(443).String())
+		flood(m, 300, fam.at(443), false)
+		flood(m, 300, fam.at(80), false)
+		if st := m.s.Stats(); st.DropNoAcceptSlot != 300-256 || st.PendingDials != 256 || st.DropPendingDials != 300-256 {
+			t.Errorf("half-open and pending dials: %+v", st)
+		}
+	})
+	inBubble(t, func(t *testing.T, fam family) {
+		m, _ := newRig(t, Config{Backlog: -1, MaxHalfOpen: -1, MaxPendingDials: -1})
+		mustListen(t, m.s, "tcp", fam.at(443).String())
+		flood(m, 16384+10, fam.at(443), false)
+		flood(m, 4096+10, fam.at(53), true)
+		if st := m.s.Stats(); st.TCPFlows != 16384 || st.UDPFlows != 4096 || st.DropTooManyFlows != 20 {
+			t.Errorf("flows: %+v", st)
+		}
+	})
+}
