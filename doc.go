@@ -16,7 +16,20 @@
 // checksums are completed, and the frame goes to the Writer. All of this happens
 // before HandlePacket returns, and nothing of it waits. ICMP echo and neighbour
 // solicitations are answered on the spot for any unicast address (icmp4.go,
-// icmp6.go). Fragments from the guest are counted and dropped.
+// icmp6.go). Fragments wait until their packet is whole (stack.go,
+// internal/reassembly), which is then handled as if it had come so.
+//
+// To the guest the Stack is a router, one hop away, and everything behind it is
+// one hop further. A packet with a TTL or hop limit of 1 ends here: it is handled if
+// it is for one of the Stack's own addresses, a link-local one, or a listener; or
+// else answered with an ICMP Time Exceeded, so that a traceroute shows the Stack
+// first. A TTL of 0 is let pass. The hosts behind see packets of the operating
+// system, whose TTL has nothing to do with the guest's.
+//
+// Packets to the guest are as long as the MTU. Where a part of the guest's network
+// takes less and says so (ICMP fragmentation needed, packet too big), the TCP flow
+// sends again what was in flight, in shorter segments, and datagrams to that guest
+// leave in shorter fragments for ten minutes.
 //
 // An unreadable IP packet is an error. Everything else that a guest can do
 // wrong is answered as its RFC says, or dropped and counted in [Stats].
@@ -43,6 +56,7 @@
 //	ENETUNREACH                                       ICMP net unreachable         the same
 //	EHOSTUNREACH, no such host                        ICMP host unreachable        the same
 //	EACCES, EPERM, ErrProhibited                      ICMP prohibited              the same
+//	EMSGSIZE                                          reset                        ICMP packet too big
 //	a timeout, anything else                          reset                        nothing
 //	ErrDrop                                           nothing                      nothing
 //
@@ -67,11 +81,32 @@
 // datagrams without waiting or not at all. Any other connection is written to by
 // a goroutine that exists while datagrams wait for it, up to 64. What finds no
 // room is dropped. Answers of any size go to the guest, in fragments above the
-// MTU. Errors of the socket become ICMP errors, and the flow lives on until it
-// has been idle for UDPIdleTimeout.
+// MTU. Errors of the socket become ICMP errors (of one that takes no datagram so long,
+// packet too big, with the MTU; but not over IPv4 without Don't Fragment), and the flow lives on until it
+// has been idle for UDPIdleTimeout. Flows to port 53 that were answered have 10 s:
+// a resolver opens one for each question.
+//
+// With [UDPMappingEndpoint] the flow is all that the guest sends from one address
+// and port, a mapping (udp.go). Allow is asked about each new destination on
+// a goroutine of its own, which keeps that destination's datagrams waiting and no
+// other's. The first one that may pass opens the host socket, by
+// [Config.ListenPacket], and its goroutine goes on as the reader. The socket is not
+// connected. What comes to it goes to the guest with its real source, if the guest
+// has sent to that address, on any port, within UDPIdleTimeout; else it is dropped.
+// Only datagrams of the guest to where it may send keep the mapping. An error of a
+// write is about its datagram and answered as above; the refusal of a closed port is
+// not among them, as operating systems do not report it to such a socket. Config.Dial
+// has no part in this, so a mapping of addresses that it does is not done here.
 //
 // The UDP connections of [Stack.DialContext] are flows of the same table, with
 // the program in place of a host socket. They do not expire.
+//
+// # Who may go where
+//
+// The stack has no policy: a guest reaches what the host does, also the host's
+// loopback address and services that trust the host. Config.Allow is the place for
+// one, for every flow of every protocol; [Guard] is one that keeps a guest from the
+// host itself.
 //
 // # Ownership
 //
@@ -101,16 +136,21 @@
 // ReceiveBuffer and go back when they are empty. Flows, dials under way, and
 // half-open connections are bounded per namespace or listener (see [Config]), and
 // so are connections in TIME-WAIT (4,096 for each namespace), remembered guest addresses
-// (4,096 in all), and ICMP errors and resets for segments of no connection
-// (1,000 a second of each). A full table refuses what is new; only half-open
-// connections and those in TIME-WAIT make way.
+// (4,096 in all), guests behind a smaller MTU (1,024 in all), and ICMP errors and resets for segments of no connection
+// (1,000 a second of each, of which every namespace has 100 that no other takes
+// away). Fragments take up to 1 MiB in all, and those of one
+// namespace up to 512 KiB and 64 packets, for 30 s (IPv4) or 60 s (IPv6). A UDP
+// mapping has 256 destinations at most. A full table refuses what is new; only
+// half-open connections, those in TIME-WAIT, UDP flows that were never answered and
+// have been idle for 10 s, the destination of a mapping where the guest has not sent
+// to for the longest time, and packets of which fragments are missing make way.
 //
 // A Stack without a flow runs no goroutine. [Stack.Close] ends all of them.
 //
 // # Not supported
 //
-// Reassembly of fragments from the guest, router advertisements, ICMP errors from
-// the guest (but those about datagrams of DialContext), path MTU discovery, ECN
-// (its bits never break a handshake), and pings that leave for the host. Urgent
-// data is delivered in line.
+// Router advertisements, ICMP errors from the guest for the host (what counts are
+// those about connections of DialContext, and about packets that are too long), ECN
+// (its bits never break a handshake), and pings that leave for the host. Urgent data
+// is delivered in line.
 package slirp

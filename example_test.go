@@ -2,6 +2,7 @@ package slirp_test
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"log"
@@ -159,6 +160,67 @@ func ExampleConfig() {
 
 	fmt.Println(get(stack, "http://10.0.2.2/"))
 	// Output: the host's own server
+}
+
+// A guest that reaches the world and not the host, but for the host's resolver.
+func ExampleGuard() {
+	guard := &slirp.Guard{Except: []netip.Prefix{netip.MustParsePrefix("127.0.0.53/32")}}
+	stack, err := slirp.NewWithConfig(slirp.Config{
+		Allow: guard.Allow,
+		Dial:  (&net.Dialer{Control: guard.Control}).DialContext,
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer stack.Close()
+
+	for _, a := range []string{"127.0.0.1", "64:ff9b::a9fe:a9fe", "127.0.0.53"} {
+		fmt.Println(guard.Check(netip.MustParseAddr(a)))
+	}
+	// Output:
+	// administratively prohibited: 127.0.0.1 is refused: loopback
+	// administratively prohibited: 64:ff9b::a9fe:a9fe is refused: link-local
+	// <nil>
+}
+
+// One port of the host for each UDP port of the guest, whoever that talks to.
+func ExampleUDPMapping() {
+	a, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer a.Close()
+	b, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer b.Close()
+
+	stack, err := slirp.NewWithConfig(slirp.Config{UDPMapping: slirp.UDPMappingEndpoint})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer stack.Close()
+
+	var seen []string
+	for _, server := range []net.PacketConn{a, b} {
+		packet := []byte{
+			0x45, 0, 0, 30, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 2, 15, 127, 0, 0, 1, // IPv4, no checksum
+			0x0f, 0xa0, 0, 0, 0, 10, 0, 0, 'h', 'i', // UDP from port 4000
+		}
+		binary.BigEndian.PutUint16(packet[22:], uint16(server.LocalAddr().(*net.UDPAddr).Port))
+		err := stack.HandlePacket(0, [6]byte{2}, [6]byte{4}, packet, func([]byte) error { return nil })
+		if err != nil {
+			log.Fatal(err)
+		}
+		_, peer, err := server.ReadFrom(make([]byte, 100))
+		if err != nil {
+			log.Fatal(err)
+		}
+		seen = append(seen, peer.String())
+	}
+	fmt.Println(seen[0] == seen[1])
+	// Output: true
 }
 
 // get fetches a page as a guest of the stack.

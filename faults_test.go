@@ -611,7 +611,7 @@ func TestFault19_Fragments(t *testing.T) {
 			}
 		}
 		m.quiet(time.Second)
-		if st := m.s.Stats(); len(h.dials()) != 0 || st.TCPFlows != 0 || st.DropFragment != 5 {
+		if st := m.s.Stats(); len(h.dials()) != 0 || st.TCPFlows != 0 || st.DropFragment != 4 {
 			t.Errorf("%d dials, %d flows, %d fragments dropped", len(h.dials()), st.TCPFlows, st.DropFragment)
 		}
 	})

@@ -13,6 +13,7 @@ import (
 type link struct {
 	guest, gw [6]byte
 	w         Writer
+	ns        uintptr
 }
 
 // flowKey names a flow. IPv4 addresses are stored mapped, and the version tells
@@ -104,6 +105,8 @@ func (s *Stack) removeLocked(key *flowKey, f flow) {
 			return
 		}
 		c.leaveListener()
+	} else if f, ok := f.(*udpFlow); ok {
+		s.keepLocked(f)
 	}
 	*a.flows(key.proto)--
 	s.release(key.ns)
@@ -139,6 +142,71 @@ func (s *Stack) learn(key guestKey, l *link) {
 	}
 	s.guests[key] = *l
 }
+
+// path is what is known of the way to a guest, behind the MTU of the Stack: a part
+// of it takes less.
+type path struct {
+	mtu   int
+	until time.Time // when it is forgotten
+}
+
+const (
+	// maxPaths bounds the paths that are remembered. A forgotten one costs a
+	// datagram.
+	maxPaths = 1024
+
+	// pathLife is how long a path is remembered, which may be better again: "10
+	// minutes" (RFC 1191 section 6.3, RFC 8201 section 5.3).
+	pathLife = 10 * time.Minute
+)
+
+// learnPath remembers that packets to a guest are not to be longer than mtu. It
+// reports false if they are not anyway.
+func (s *Stack) learnPath(key guestKey, mtu int) bool {
+	if mtu >= s.mtuTo(key) {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed.Load() {
+		return false
+	}
+	if _, ok := s.paths[key]; !ok && len(s.paths) >= maxPaths {
+		for old := range s.paths {
+			delete(s.paths, old)
+			break
+		}
+	}
+	s.paths[key] = path{mtu, time.Now().Add(pathLife)}
+	s.numPaths.Store(int32(len(s.paths)))
+	return true
+}
+
+// mtuTo returns the size of the largest IP packet to a guest.
+func (s *Stack) mtuTo(key guestKey) int {
+	if s.numPaths.Load() == 0 { // as nearly always
+		return s.cfg.MTU
+	}
+	s.mu.RLock()
+	p, ok := s.paths[key]
+	s.mu.RUnlock()
+	if !ok {
+		return s.cfg.MTU
+	}
+	if now := time.Now(); !now.Before(p.until) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.paths[key] == p {
+			delete(s.paths, key)
+			s.numPaths.Store(int32(len(s.paths)))
+		}
+		return s.cfg.MTU
+	}
+	return p.mtu
+}
+
+// guestKey names the guest of the flow.
+func (k *flowKey) guestKey() guestKey { return guestKey{k.ns, k.guest, uintptr(k.version)} }
 
 // route is one AddRoute.
 type route struct {

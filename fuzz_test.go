@@ -276,7 +276,9 @@ func (r *fuzzRig) step(t *testing.T, do byte, packet []byte) {
 	}
 	err := r.send(p)
 	if f != nil {
+		r.mu.Lock()
 		f.inRST = false
+		r.mu.Unlock()
 	}
 	known := err == nil || lost != nil
 	for _, sentinel := range []error{ErrPacketTooShort, ErrIPVersion, ErrIHL, ErrIPv4TotalLength, ErrIPv6TooShort, ErrIPv6PayloadLength} {

@@ -239,6 +239,7 @@ type icmpMessage struct {
 	typ, code byte
 	body      []byte // behind the first 8 bytes
 	at        time.Time
+	rest      uint32 // of the header
 }
 
 // machine is a guest on the link: it takes the frames that the Stack emits for
@@ -260,6 +261,7 @@ type machine struct {
 	faults int
 	sent   [][]byte // packets given to the Stack, if record is set
 	record bool
+	ttl    byte                     // of the segments of guests; 0: 64
 	hook   func(frame []byte) error // runs behind the checks; its error is the Writer's
 	ended  bool
 }
@@ -437,7 +439,7 @@ func (m *machine) take(frame []byte, lost bool) error {
 		if len(b) < 8 {
 			return errors.New("short ICMP")
 		}
-		m.icmp = append(m.icmp, icmpMessage{src, dst, b[0], b[1], b[8:], time.Now()})
+		m.icmp = append(m.icmp, icmpMessage{src, dst, b[0], b[1], b[8:], time.Now(), binary.BigEndian.Uint32(b[4:])})
 		return nil
 	case 17:
 		if len(b) < 8 || int(binary.BigEndian.Uint16(b[4:])) != len(b) || b[6]|b[7] == 0 {
@@ -909,7 +911,11 @@ func (g *guest) give(seg segment) error {
 		f.inRST = false
 		g.mu.Unlock()
 	}()
-	return g.send(seg.packet())
+	packet := seg.packet()
+	if g.ttl != 0 {
+		packet = withTTL(packet, g.ttl)
+	}
+	return g.send(packet)
 }
 
 func (g *guest) must(err error) {

@@ -1,5 +1,7 @@
 package slirp
 
+import "github.com/KarpelesLab/slirp/internal/reassembly"
+
 // ICMP for IPv6: RFC 4443 (echo) and RFC 4861 (neighbour discovery). There are
 // no router advertisements, and a guest is answered for every address that it
 // looks for: all of the world is behind the gateway's MAC address.
@@ -13,8 +15,11 @@ const (
 	ICMPv6TypeNeighborSolicitation  = 135
 	ICMPv6TypeNeighborAdvertisement = 136
 
-	icmpv6Unreachable = 1
-	icmpv6Redirect    = 137
+	icmpv6Unreachable      = 1
+	icmpv6TooBig           = 2
+	icmpv6TimeExceeded     = 3
+	icmpv6ParameterProblem = 4
+	icmpv6Redirect         = 137
 )
 
 // Neighbour discovery (RFC 4861 sections 4.3, 4.4 and 4.6.1).
@@ -26,6 +31,49 @@ const (
 	ndpSolicited       = 0x40 // flags of an advertisement
 	ndpOverride        = 0x20
 )
+
+// sendHeaderProblem tells the guest what is wrong with the extension headers of
+// its packet, in the name of the destination. "An ICMPv6 error message MUST NOT be
+// originated as a result of receiving […] a packet destined to an IPv6 multicast
+// address", but for the options that ask for it (RFC 4443 section 2.4 (e.3)).
+func (s *Stack) sendHeaderProblem(p *ipPacket, l *link) error {
+	src := p.dst
+	if p.dst.isMulticast() && p.problem.multicast {
+		src = s.routerFor(p)
+	}
+	if !p.src.isUnicast() || !src.isUnicast() {
+		s.count(icmpSuppressed)
+		return nil
+	}
+	return s.sendError(p, src, icmpv6ParameterProblem, p.problem.code, uint32(p.problem.pointer), l)
+}
+
+// sendFragmentProblem tells the guest what is wrong with an IPv6 fragment, if it
+// is to be told. IPv4 has no word for it.
+func (s *Stack) sendFragmentProblem(p *ipPacket, verdict reassembly.Verdict, l *link) error {
+	var code uint8
+	var pointer uint32
+	switch verdict {
+	case reassembly.BadLength:
+		pointer = 4 // the payload length
+	case reassembly.TooLong:
+		pointer = uint32(p.fragData - fragHeaderLen + 2) // the fragment offset
+	case reassembly.HeaderIncomplete:
+		code = 3
+	default:
+		return nil
+	}
+	if p.version == 4 {
+		return nil
+	}
+	// RFC 8200 section 4.5 wants the first two for any fragment. What is in one
+	// that is not the first cannot be seen: of ICMPv6, it may be of an error.
+	if p.fragOffset != 0 && p.proto == protoICMPv6 || p.fragOffset == 0 && !mayReport(p) {
+		s.count(icmpSuppressed)
+		return nil
+	}
+	return s.sendError(p, p.dst, icmpv6ParameterProblem, code, pointer, l)
+}
 
 func (s *Stack) handleICMPv6(p *ipPacket, l *link) error {
 	switch p.payload[0] {
@@ -79,7 +127,9 @@ func (s *Stack) replyNeighbor(p *ipPacket, l *link) error {
 // do not send to the solicited-node group of the target.
 func solicitedTarget(p *ipPacket) (target ipAddr, ok bool) {
 	m := p.payload
-	if p.ttl != ndpHopLimit || m[1] != 0 || len(m) < ndpHeaderLen {
+	// RFC 6980 section 5: a message "that includes a fragmentation header" is
+	// ignored.
+	if p.fragmented || p.ttl != ndpHopLimit || m[1] != 0 || len(m) < ndpHeaderLen {
 		return target, false
 	}
 	target = ipAddr(m[8:24])

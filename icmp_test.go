@@ -8,7 +8,9 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -626,4 +628,276 @@ func FuzzICMP(f *testing.F) {
 			mustReassemble(t, frames, s.cfg.MTU)
 		}
 	})
+}
+
+// withTTL returns a packet with another TTL or hop limit, and without an IPv4
+// header checksum.
+func withTTL(packet []byte, ttl byte) []byte {
+	if packet[0]>>4 == 4 {
+		return patched(patched(packet, 8, ttl), 10, 0, 0)
+	}
+	return patched(packet, 7, ttl)
+}
+
+// The three kinds of traceroute: the first hop is the stack, the second one is the
+// destination.
+func TestN29_N56_Traceroute(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, h := newRig(t, Config{})
+		h.setDial(refuse(dialError(syscall.ECONNREFUSED)))
+		from, to := netip.AddrPortFrom(fam.guest, 1025), fam.at(33434)
+		echoType, exceeded, port := byte(8), [2]byte{11, 0}, [2]byte{3, 3}
+		if fam.version == 6 {
+			echoType, exceeded, port = 128, [2]byte{3, 0}, [2]byte{1, 4}
+		}
+		ping := refPacket(from.Addr(), to.Addr(), icmpProto(uint16(fam.version)), append([]byte{echoType, 0, 0, 0, 0, 7, 0, 1}, pattern(52)...), 2)
+		datagram := udpPacket(from, to, pattern(32))
+		g := m.openFrom(from, to)
+		syn := segment{src: from, dst: to, seq: g.iss, flags: flagS, win: 1000}.packet()
+		long := udpPacket(from, to, pattern(1400))
+
+		for _, packet := range [][]byte{ping, datagram, syn, long} {
+			probe := withTTL(packet, 1)
+			m.mustSend(probe)
+			msg := m.takeICMP()
+			if [2]byte{msg.typ, msg.code} != exceeded || msg.src != fam.stack || msg.dst != fam.guest {
+				t.Errorf("TTL 1: ICMP %d %d from %v to %v", msg.typ, msg.code, msg.src, msg.dst)
+			}
+			if limit := map[int]int{4: 576 - 28, 6: 1280 - 48}[fam.version]; !bytes.Equal(msg.body, probe[:min(len(probe), limit)]) {
+				t.Errorf("about %x, want %x", msg.body, probe)
+			}
+		}
+		if synctest.Wait(); len(h.dials()) != 0 {
+			t.Fatalf("dials %v", h.dials())
+		}
+		for _, ttl := range []byte{2, 0} {
+			m.mustSend(withTTL(ping, ttl))
+			if msg := m.takeICMP(); msg.typ != map[int]byte{4: 0, 6: 129}[fam.version] || msg.src != to.Addr() {
+				t.Errorf("TTL %d: ICMP %d from %v, want an echo reply", ttl, msg.typ, msg.src)
+			}
+			m.mustSend(withTTL(datagram, ttl))
+			if msg := m.takeICMP(); [2]byte{msg.typ, msg.code} != port || msg.src != to.Addr() {
+				t.Errorf("TTL %d: ICMP %d %d from %v, want port unreachable", ttl, msg.typ, msg.code, msg.src)
+			}
+			m.ttl = ttl
+			g.syn()
+			g.expectRST()
+			m.ttl = 0
+		}
+		if st := m.s.Stats(); st.DropHopLimit != 4 || st.ICMPErrors != 6 {
+			t.Errorf("%+v", st)
+		}
+		m.s.Close()
+	})
+}
+
+// What is for the stack itself gets there with a TTL of 1.
+func TestN29_HopLimitOfLocalPackets(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, h := newRig(t, Config{})
+		mustListen(t, m.s, "tcp", fam.at(80).String())
+		mustListen(t, m.s, "tcp", ":443")
+		m.ttl = 1
+		m.open(1025, fam.at(80)).connect()
+		m.open(1025, netip.AddrPortFrom(fam.other, 443)).connect()
+		proto, echo := icmpProto(uint16(fam.version)), []byte{8, 0, 0, 0, 0, 7, 0, 1}
+		local := netip.MustParseAddr("169.254.3.4")
+		if fam.version == 6 {
+			echo[0], local = 128, netip.MustParseAddr("fe80::2")
+		}
+		for _, to := range []netip.Addr{fam.stack, local} {
+			m.mustSend(withTTL(refPacket(fam.guest, to, proto, bytes.Clone(echo), 2), 1))
+			if msg := m.takeICMP(); msg.src != to || msg.typ != map[int]byte{4: 0, 6: 129}[fam.version] {
+				t.Errorf("ICMP %d from %v", msg.typ, msg.src)
+			}
+		}
+		// No error about any of these.
+		from := netip.AddrPortFrom(fam.guest, 1025)
+		for _, packet := range [][]byte{
+			udpPacket(from, netip.AddrPortFrom(fam.broadcast, 53), nil),
+			refPacket(fam.guest, fam.server, proto, []byte{3, 0, 0, 0, 0, 0, 0, 0}, 2),
+			refPacket(fam.guest, fam.server, 132, make([]byte, 40), -1),
+			refPacket(fam.guest, fam.server, 6, make([]byte, 4), -1),
+		} {
+			m.mustSend(withTTL(packet, 1))
+		}
+		m.quiet(time.Second)
+		if st := m.s.Stats(); st.DropHopLimit != 3 || st.DropAddress != 1 || st.ICMPErrors != 0 || len(h.dials()) != 0 {
+			t.Errorf("%+v", st)
+		}
+		m.s.Close()
+	})
+}
+
+// Fragments count as the packet that they are of.
+func TestN29_HopLimitOfFragments(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, _ := newRig(t, Config{})
+		fs := fragmentsOf(withTTL(udpPacket(netip.AddrPortFrom(fam.guest, 1025), fam.at(53), pattern(3000)), 1), 1400)
+		for _, f := range []int{2, 0, 1} {
+			m.quiet(time.Second)
+			m.mustSend(fs[f])
+		}
+		if msg := m.takeICMP(); msg.src != fam.stack || msg.code != 0 {
+			t.Errorf("ICMP %d %d from %v", msg.typ, msg.code, msg.src)
+		}
+		m.quiet(time.Second)
+		m.s.Close()
+	})
+}
+
+// Extension headers that are not taken: RFC 8200 sections 4.1 to 4.4.
+func TestN39_N42_HeaderProblems(t *testing.T) {
+	group := func(packet []byte) []byte { return patched(packet, 24, testBytes("ff02::1")...) }
+	unknown := func(kind int) []byte { return ip6(60, 17, 0, 1, 1, 0, kind, 1, 0, udpHello) }
+	echo := ipBytes(128, 0, 0, 0, 0, 7, 0, 1)
+	var chain []byte
+	for range 100 {
+		chain = append(chain, extHeader(60, 0)...)
+	}
+	for _, tt := range []struct {
+		name    string
+		packet  []byte
+		code    int // of the Parameter Problem; -1: nothing is sent
+		pointer int
+		src     string // its source; "": the destination of the packet
+		dropped string // the counter, if not DropMalformed
+	}{
+		{name: "hop-by-hop second", packet: ip6(60, extHeader(0, 0), extHeader(17, 0), udpHello), code: 1, pointer: 40},
+		{name: "hop-by-hop third", packet: ip6(60, extHeader(43, 1), routingHeader(0, 0), extHeader(17, 0), udpHello), code: 1, pointer: 56},
+		{name: "hop-by-hop twice", packet: ip6(0, extHeader(0, 0), extHeader(17, 0), udpHello), code: 1, pointer: 40},
+		{name: "option 00", packet: unknown(0x3e), code: -1, dropped: "none"},
+		{name: "option 01", packet: unknown(0x7e), code: -1},
+		{name: "option 10", packet: unknown(0xbe), code: 2, pointer: 45},
+		{name: "option 11", packet: unknown(0xfe), code: 2, pointer: 45},
+		{name: "option 01 to a group", packet: group(unknown(0x7e)), code: -1},
+		{name: "option 10 to a group", packet: group(unknown(0xbe)), code: 2, pointer: 45, src: "fd00::2"},
+		{name: "option 11 to a group", packet: group(unknown(0xfe)), code: -1},
+		{name: "option 10 from nowhere", packet: patched(unknown(0xbe), 8, make([]byte, 16)...), code: -1},
+		{name: "option 10 behind option 11", packet: ip6(60, 17, 0, 0xc1, 0, 0x81, 0, 0, 0, udpHello), code: 2, pointer: 42},
+		{name: "option 10 of a ping", packet: ip6(60, 58, 0, 0xbe, 4, 0, 0, 0, 0, echo), code: 2, pointer: 42},
+		{name: "option 10 of an ICMP error", packet: ip6(60, 58, 0, 0xbe, 4, 0, 0, 0, 0, 3, 0, make([]byte, 60)), code: -1},
+		{name: "option 10, chain cut", packet: ip6(60, 60, 0, 0xbe, 4, 0, 0, 0, 0, 58, 9), code: -1},
+		{name: "option 10, next header unknown", packet: ip6(60, 200, 0, 0xbe, 4, 0, 0, 0, 0, udpHello), code: 2, pointer: 42},
+		{name: "option 10 of a first fragment", packet: ip6(60, 44, 0, 0xbe, 4, 0, 0, 0, 0, fragHeader(17, 0, true), udpHello, "567"), code: 2, pointer: 42},
+		{name: "option 10 of a second fragment", packet: ip6(60, 44, 0, 0xbe, 4, 0, 0, 0, 0, fragHeader(17, 8, true), udpHello, "567"), code: -1},
+		{name: "jumbo payload", packet: ip6(0, 17, 0, 0xc2, 4, 0, 1, 0, 0, udpHello), code: 2, pointer: 42},
+		{name: "option beyond its header", packet: ip6(60, 17, 0, 1, 5, 0, 0, 0, 0, udpHello), code: -1},
+		{name: "option 11 in the padding", packet: patched(ip6(60, 17, 0, 0xc1, 4, 0, 0, 0, 0, udpHello), 5, 7), code: -1},
+		{name: "routing type 0, a segment left", packet: ip6(43, routingHeader(17, 1), udpHello), code: 0, pointer: 42, dropped: "route"},
+		{name: "routing type 253, a segment left", packet: ip6(60, extHeader(43, 0), patched(routingHeader(17, 9), 2, 253), udpHello), code: 0, pointer: 50, dropped: "route"},
+		{name: "routing, used up", packet: ip6(43, patched(routingHeader(17, 0), 2, 253), udpHello), code: -1, dropped: "none"},
+		{name: "routing, a segment left, of an error", packet: ip6(43, routingHeader(58, 1), 1, make([]byte, 60)), code: -1, dropped: "route"},
+		{name: "100 headers", packet: ip6(60, chain, extHeader(17, 0), udpHello), code: -1},
+		{name: "an unknown protocol", packet: ip6(200, udpHello), code: -1, dropped: "none"},
+		{name: "no next header", packet: ip6(59, udpHello), code: -1, dropped: "none"},
+	} {
+		var frames [][]byte
+		s := New()
+		err := s.HandlePacket(1, testLink.guest, testLink.gw, bytes.Clone(tt.packet), func(frame []byte) error {
+			frames = append(frames, frame)
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		st := s.Stats()
+		want := map[string][2]uint64{"": {1, 0}, "route": {0, 1}, "none": {0, 0}}[tt.dropped]
+		if got := [2]uint64{st.DropMalformed, st.DropSourceRoute}; got != want {
+			t.Errorf("%s: dropped %v, want %v", tt.name, got, want)
+		}
+		s.Close()
+		if tt.code < 0 {
+			if len(frames) != 0 {
+				t.Errorf("%s: %x", tt.name, frames[0])
+			}
+			continue
+		}
+		p := mustReassemble(t, frames, 1500)
+		src := ipAddr(tt.packet[24:40])
+		if tt.src != "" {
+			src = testAddr(tt.src)
+		}
+		if p.src != src || p.dst != ipAddr(tt.packet[8:24]) {
+			t.Errorf("%s: from %v to %v", tt.name, p.src.addr(), p.dst.addr())
+		}
+		if want := ipBytes(4, tt.code, p.payload[2:4], 0, 0, 0, tt.pointer, tt.packet); !bytes.Equal(p.payload, want) {
+			t.Errorf("%s: % x, want % x", tt.name, p.payload, want)
+		}
+	}
+}
+
+// The options behind the Fragment header are those of the whole packet.
+func TestN39_HeaderProblemAfterReassembly(t *testing.T) {
+	r := newFragmentRig(t)
+	fs := fragmentsOf(ip6(60, 17, 0, 0xbe, 4, 0, 0, 0, 0, udpHello, make([]byte, 80)), 48)
+	for i, f := range fs {
+		if len(r.frames) != 0 {
+			t.Fatalf("an answer to %d fragments", i)
+		}
+		r.send(f)
+	}
+	p := mustReassemble(t, r.frames, 1500)
+	if !bytes.Equal(p.payload[:2], []byte{4, 2}) || p.payload[7] != 42 {
+		t.Errorf("% x", p.payload)
+	}
+}
+
+// Header problems are under the limit of all ICMP errors.
+func TestN39_HeaderProblemRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newFragmentRig(t)
+		for range 10000 {
+			r.send(ip6(43, routingHeader(17, 1), udpHello))
+		}
+		if st := r.s.Stats(); len(r.frames) != icmpErrorBurst || st.ICMPRateLimited != 10000-icmpErrorBurst || st.DropSourceRoute != 10000 {
+			t.Errorf("%d frames, %+v", len(r.frames), st)
+		}
+		r.s.Close()
+	})
+}
+
+func TestN30_IPv4Options(t *testing.T) {
+	echo := withChecksum(ip4(1, 8, 0, 0, 0, 0, 7, 0, 1, "ping"), 2)
+	with := func(options ...byte) []byte {
+		b := ipBytes(echo[:20], options, echo[20:])
+		b[0] = byte(0x45 + len(options)/4)
+		b[3] = byte(len(b))
+		return b
+	}
+	for _, tt := range []struct {
+		name    string
+		options []byte
+		dropped string
+	}{
+		{"none", nil, ""},
+		{"NOP", []byte{1, 1, 1, 1}, ""},
+		{"end of options, then anything", []byte{0, 131, 0, 7}, ""},
+		{"record route", []byte{7, 7, 4, 0, 0, 0, 0, 0}, ""},
+		{"timestamp", []byte{68, 8, 5, 0, 0, 0, 0, 0}, ""},
+		{"router alert", []byte{148, 4, 0, 0}, ""},
+		{"unknown", []byte{0x9e, 3, 0, 1}, ""},
+		{"40 bytes", append([]byte{7, 39, 4}, make([]byte, 37)...), ""},
+		{"loose source route", []byte{131, 7, 4, 10, 0, 2, 9, 0}, "route"},
+		{"strict source route", []byte{1, 137, 7, 4, 10, 0, 2, 9}, "route"},
+		{"loose source route, used up", []byte{131, 7, 8, 10, 0, 2, 9, 0}, "route"},
+		{"length 0", []byte{7, 0, 4, 0}, "malformed"},
+		{"length 1", []byte{7, 1, 4, 0}, "malformed"},
+		{"length beyond the header", []byte{7, 5, 4, 0}, "malformed"},
+		{"no length", []byte{1, 1, 1, 7}, "malformed"},
+		{"length 255", []byte{68, 255, 5, 0}, "malformed"},
+	} {
+		r := newFragmentRig(t)
+		r.send(with(tt.options...))
+		st := r.s.Stats()
+		want := map[string][3]uint64{"": {1, 0, 0}, "route": {0, 1, 0}, "malformed": {0, 0, 1}}[tt.dropped]
+		if got := [3]uint64{st.EchoReplies, st.DropSourceRoute, st.DropMalformed}; got != want || len(r.frames) != int(want[0]) {
+			t.Errorf("%s: %v, %d frames, want %v", tt.name, got, len(r.frames), want)
+		}
+		// The answer does not have the guest's options.
+		if len(r.frames) == 1 && (r.frames[0][14] != 0x45 || string(r.frames[0][14+20+8:]) != "ping") {
+			t.Errorf("%s: % x", tt.name, r.frames[0])
+		}
+		r.s.Close()
+	}
 }

@@ -11,8 +11,11 @@ package slirp
 import (
 	"encoding/binary"
 	"errors"
-	"math/rand/v2"
+	"hash/maphash"
 	"net/netip"
+	"sync/atomic"
+
+	"github.com/KarpelesLab/slirp/internal/reassembly"
 )
 
 // Protocol numbers, in the IPv4 protocol and the IPv6 next header field.
@@ -159,11 +162,32 @@ type ipPacket struct {
 
 	// A packet with one of these set is dropped, and its payload is not to be
 	// read as a transport header.
-	fragment    bool // part of a packet; an atomic fragment (RFC 6946) is not one
 	badChecksum bool // the IPv4 header checksum is neither right nor 0
-	malformed   bool // the extension headers cannot be followed to their end
+	malformed   bool // the options or extension headers make no sense, or must not be followed
+	sourceRoute bool // malformed because it wants to be sent on from here
 
-	fragOffset uint16 // of a fragment: where it belongs, in bytes
+	// fragment says that this is a part of a packet; its payload is to be read
+	// when that is whole. An atomic fragment (RFC 6946) is not one.
+	fragment   bool
+	fragMore   bool   // there are others behind it
+	headerCut  bool   // it is the first, and does not hold the whole header chain
+	fragOffset uint16 // where it belongs, in bytes
+	fragNext   uint16 // IPv6: the index in raw of the byte that announces the Fragment header
+	fragData   int    // the index in raw of what is behind the IPv4 or Fragment header
+	fragID     uint32
+
+	fragmented bool // it has a Fragment header, or was put together of fragments
+
+	// IPv6: what of a malformed packet its source is to be told, if problem is set.
+	problem headerProblem
+}
+
+// headerProblem is what an ICMPv6 Parameter Problem says about extension headers.
+type headerProblem struct {
+	set       bool
+	multicast bool // to be reported of a packet to a multicast address too
+	code      uint8
+	pointer   int
 }
 
 // parseIP reads the IP header of b into p, and the extension headers behind it.
@@ -214,8 +238,48 @@ func (p *ipPacket) parse4(b []byte, cut bool) error {
 	}
 	frag := binary.BigEndian.Uint16(b[6:])
 	p.fragment = frag&(ipv4More|ipv4OffsetMask) != 0
+	p.fragmented = p.fragment
+	p.fragMore = frag&ipv4More != 0
 	p.fragOffset = frag & ipv4OffsetMask * 8
+	p.fragID = uint32(binary.BigEndian.Uint16(b[4:]))
+	p.fragData = ihl
+	if !p.options4(b[ipv4HeaderLen:ihl]) {
+		p.malformed = true
+		p.proto = protoNone
+		p.payload = nil
+	}
 	return nil
+}
+
+// Options of IPv4 (RFC 791 section 3.1).
+const (
+	ipv4EndOfOptions = 0
+	ipv4NoOperation  = 1
+	ipv4LooseRoute   = 131
+	ipv4StrictRoute  = 137
+)
+
+// options4 reports whether the options of an IPv4 header are well-formed, and none
+// is a source route: nobody uses those in good faith (RFC 7126 sections 4.3 and
+// 4.4). All others are skipped.
+func (p *ipPacket) options4(b []byte) bool {
+	for len(b) > 0 {
+		switch b[0] {
+		case ipv4EndOfOptions:
+			return true
+		case ipv4NoOperation:
+			b = b[1:]
+			continue
+		case ipv4LooseRoute, ipv4StrictRoute:
+			p.sourceRoute = true
+			return false
+		}
+		if len(b) < 2 || b[1] < 2 || len(b) < int(b[1]) {
+			return false
+		}
+		b = b[b[1]:]
+	}
+	return true
 }
 
 // mapped returns the IPv4 address in the four bytes of b.
@@ -241,8 +305,11 @@ func (p *ipPacket) parse6(b []byte, cut bool) error {
 	p.ttl = b[7]
 	p.src = ipAddr(b[8:24])
 	p.dst = ipAddr(b[24:40])
-	if !p.walk(b[6]) {
+	if !p.walk(b[6], cut) || p.problem.set {
 		p.malformed = true
+		// No error is sent about a fragment that is not the first, nor about an
+		// ICMP error, which any packet may be whose transport header is not found.
+		p.problem.set = p.problem.set && p.payload != nil && p.fragOffset == 0 && !p.headerCut && !isICMPError(p)
 		p.proto = protoNone
 		p.payload = nil
 	}
@@ -251,74 +318,173 @@ func (p *ipPacket) parse6(b []byte, cut bool) error {
 
 // walk follows the extension headers (RFC 8200 section 4), the first of which is
 // of the type next, and sets proto and payload to what is behind them. It is
-// false if that cannot be found, or must not be looked at.
+// false if that cannot be found, or must not be looked at. A problem that the
+// source is to be told of does not end the walk: the first one counts.
 //
-// Deviation: section 4.2 (an unknown option) and 4.4 (an unknown routing type)
-// want an ICMP Parameter Problem; the packet is dropped without one.
-func (p *ipPacket) walk(next uint8) bool {
+// What is behind the Fragment header of a first fragment is looked at when the
+// packet is whole.
+//
+// Deviation: section 4 wants a Parameter Problem about a next header that is not
+// known. It may be any transport protocol, and those that are not supported are
+// dropped without a word in both families.
+func (p *ipPacket) walk(next uint8, cut bool) bool {
 	b := p.raw[ipv6HeaderLen:]
+	at := 6 // the index in raw of next
 	for n := 0; ; n++ {
 		switch next {
 		case protoHopByHop, protoDestination, protoRouting, protoFragment:
 		default:
 			p.proto, p.payload = next, b
+			p.headerCut = p.fragment && !cut && len(b) < transportHeaderLen(next, b)
 			return true
 		}
-		if n == maxExtensionHeaders || len(b) < 8 {
+		if n == maxExtensionHeaders {
 			return false
 		}
+		// A first fragment must hold all headers (RFC 8200 section 4.5): that
+		// it does not is for whoever puts the packet together to say.
+		if len(b) < 8 || next != protoFragment && len(b) < 8+int(b[1])*8 {
+			if p.fragment && !cut {
+				p.proto, p.payload, p.headerCut = next, b, true
+				return true
+			}
+			return false
+		}
+		here := len(p.raw) - len(b)
 		size := 8
 		if next != protoFragment {
 			size += int(b[1]) * 8
 		}
-		if size > len(b) {
-			return false
-		}
-		switch next {
-		case protoHopByHop:
-			// Section 4.1: "restricted to appear immediately after an IPv6
-			// header only".
-			if n > 0 || !skippable(b[2:size]) {
+		switch {
+		case next == protoFragment:
+			if !p.fragmentHeader(b, at) {
 				return false
 			}
-		case protoDestination:
-			if !skippable(b[2:size]) {
-				return false
-			}
-		case protoRouting:
-			// Section 4.4: a routing header that is used up is ignored; one
-			// with segments left makes this node a router of its list.
-			if b[3] != 0 {
-				return false
-			}
-		case protoFragment:
-			frag := binary.BigEndian.Uint16(b[2:])
-			p.fragOffset = frag &^ 7
-			p.fragment = p.fragment || p.fragOffset != 0 || frag&ipv6More != 0
 			if p.fragOffset != 0 {
 				p.proto, p.payload = b[0], b[size:]
 				return true
 			}
+		case p.fragment:
+		case next == protoRouting:
+			// Section 4.4: a routing header that is used up is ignored. One with
+			// segments left makes this node a router of its list: to that, every
+			// type is unrecognized, 0 as well (RFC 5095 section 3).
+			if b[3] != 0 {
+				p.sourceRoute = true
+				p.report(headerProblem{pointer: here + 2})
+			}
+		default:
+			// Section 4.1: "restricted to appear immediately after an IPv6
+			// header only".
+			if next == protoHopByHop && n > 0 {
+				p.report(headerProblem{code: 1, pointer: at})
+			}
+			if !p.options6(b[2:size], here+2) {
+				return false
+			}
 		}
+		at = here
 		next, b = b[0], b[size:]
 	}
 }
 
-// skippable reports whether the options in b are well-formed and are all of a
-// kind that a node which does not know them skips: "00 - skip over this option
-// and continue processing the header" (RFC 8200 section 4.2).
-func skippable(b []byte) bool {
+// fragmentHeader reads the Fragment header at b, which the byte at the index next
+// of raw announces (RFC 8200 section 4.5). It is false for one behind another.
+func (p *ipPacket) fragmentHeader(b []byte, next int) bool {
+	p.fragmented = true
+	frag := binary.BigEndian.Uint16(b[2:])
+	if frag&^6 == 0 {
+		return true // atomic: nothing is missing
+	}
+	if p.fragment {
+		return false // a fragment of a fragment
+	}
+	p.fragment = true
+	p.fragMore = frag&ipv6More != 0
+	p.fragOffset = frag &^ 7
+	p.fragID = binary.BigEndian.Uint32(b[4:])
+	p.fragNext = uint16(next)
+	p.fragData = len(p.raw) - len(b) + fragHeaderLen
+	return true
+}
+
+// options6 goes through the options in b, which begins at the index here of raw.
+// It is false if they are not well-formed, or one is of a kind that is discarded
+// in silence. The high bits say what becomes of a packet with an option that is
+// not known, as none is: "00 - skip over this option", "01 - discard the packet",
+// "10 - discard the packet and, regardless of whether or not the packet's
+// Destination Address was a multicast address, send an ICMP Parameter Problem,
+// Code 2", "11 - … only if the packet's Destination Address was not a multicast
+// address" (RFC 8200 section 4.2).
+func (p *ipPacket) options6(b []byte, here int) bool {
 	for len(b) > 0 {
 		if b[0] == 0 { // Pad1 has no length
-			b = b[1:]
+			b, here = b[1:], here+1
 			continue
 		}
-		if b[0]>>6 != 0 || len(b) < 2 || len(b) < 2+int(b[1]) {
+		if len(b) < 2 || len(b) < 2+int(b[1]) {
 			return false
 		}
-		b = b[2+int(b[1]):]
+		switch action := b[0] >> 6; action {
+		case 0:
+		case 1:
+			return false
+		default:
+			p.report(headerProblem{code: 2, pointer: here, multicast: action == 2})
+		}
+		n := 2 + int(b[1])
+		b, here = b[n:], here+n
 	}
 	return true
+}
+
+// report notes a problem, unless there is one.
+func (p *ipPacket) report(problem headerProblem) {
+	if !p.problem.set {
+		p.problem = problem
+		p.problem.set = true
+	}
+}
+
+// transportHeaderLen is how much of a packet its transport header takes, which
+// begins with b.
+func transportHeaderLen(proto uint8, b []byte) int {
+	switch proto {
+	case protoTCP:
+		if len(b) > 12 {
+			return max(20, int(b[12]>>4)*4)
+		}
+		return 20
+	case protoUDP:
+		return udpHeaderLen
+	case protoICMPv6:
+		return icmpHeaderLen
+	}
+	return 0
+}
+
+// reassemblyKey names the packet that p is a fragment of.
+func (p *ipPacket) reassemblyKey(ns uintptr) reassembly.Key {
+	key := reassembly.Key{Namespace: ns, Src: p.src, Dst: p.dst, ID: p.fragID, Version: p.version}
+	if p.version == 4 {
+		key.Proto = uint16(p.proto)
+	}
+	return key
+}
+
+// reassemblyFragment returns p as a fragment. Its slices are those of p.
+func (p *ipPacket) reassemblyFragment() reassembly.Fragment {
+	return reassembly.Fragment{
+		Header: p.raw[:p.fragData], NextHeader: int(p.fragNext), HeaderCut: p.headerCut,
+		Offset: int(p.fragOffset), More: p.fragMore, Data: p.raw[p.fragData:],
+	}
+}
+
+// completeHeader fills in the header checksum of a packet that was put together.
+func completeHeader(packet []byte) {
+	if packet[0]>>4 == 4 {
+		binary.BigEndian.PutUint16(packet[10:], IPChecksum(packet[:int(packet[0]&0x0f)*4]))
+	}
 }
 
 // ipHeaderLen is the length of the IP header of a frame that is built here.
@@ -387,7 +553,7 @@ func putHeaders(frame []byte, l *link, version uint16, proto uint8, src, dst *ip
 // else as fragments in order. Frames are taken from alloc and handed to emit,
 // whose first error ends the datagram and is returned. The checksum field of
 // transport is written to; transport is the caller's again on return.
-func emitDatagram(l *link, version uint16, proto uint8, src, dst ipAddr, transport []byte, mtu int, hop uint8,
+func emitDatagram(l *link, version uint16, proto uint8, src, dst ipAddr, transport []byte, mtu int, hop uint8, ids *fragmentIDs,
 	alloc func(n int) []byte, emit func(frame []byte) error) error {
 	hl := frameHeaderLen(version)
 	if hl-etherHeaderLen+len(transport) <= mtu {
@@ -398,19 +564,16 @@ func emitDatagram(l *link, version uint16, proto uint8, src, dst ipAddr, transpo
 	}
 
 	headers, limit := hl, maxIPLength
-	var id uint32
 	if version == 4 {
 		limit -= ipv4HeaderLen
-		// Unpredictable (RFC 7739 section 3), and not the 0 of whole packets.
-		id = 1 + rand.Uint32N(0xffff)
 	} else {
 		headers += fragHeaderLen
-		id = rand.Uint32()
 	}
 	if len(transport) > limit {
 		return errDatagramTooLong
 	}
 	fillChecksum(proto, &src, &dst, transport)
+	id := ids.next(version, proto, &src, &dst)
 	room := (mtu - (headers - etherHeaderLen)) &^ 7
 	for off := 0; off < len(transport); off += room {
 		part := transport[off:min(off+room, len(transport))]
@@ -427,6 +590,52 @@ func emitDatagram(l *link, version uint16, proto uint8, src, dst ipAddr, transpo
 		}
 	}
 	return nil
+}
+
+// fragmentIDs makes the identifications of packets that are sent in fragments. Two
+// packets between the same ends do not have the same one for as long as can be
+// (RFC 6864 section 4.3), and from those of one pair nothing follows for another (RFC
+// 7739 section 5.3): a counter, of several pairs, is shuffled in another way for each
+// pair. The seed must be set; the methods may be called concurrently.
+type fragmentIDs struct {
+	seed     maphash.Seed
+	counters [64]atomic.Uint32
+}
+
+// next returns the identification of a packet: of 16 bits and not 0 in IPv4, where
+// that is what whole packets have; of 32 bits in IPv6.
+func (ids *fragmentIDs) next(version uint16, proto uint8, src, dst *ipAddr) uint32 {
+	type pair struct {
+		src, dst       ipAddr
+		version, proto uint16
+	}
+	key := maphash.Comparable(ids.seed, pair{*src, *dst, version, uint16(proto)})
+	counter := &ids.counters[key%uint64(len(ids.counters))]
+	if version == 6 {
+		return ids.shuffle(key, counter.Add(1), 16)
+	}
+	for {
+		if id := ids.shuffle(key, counter.Add(1)&0xffff, 8); id != 0 {
+			return id
+		}
+	}
+}
+
+// shuffle maps the numbers of twice so many bits to one another, without a pattern:
+// a Feistel network of four rounds.
+func (ids *fragmentIDs) shuffle(key uint64, n uint32, bits uint) uint32 {
+	type round struct {
+		key  uint64
+		half uint32
+		n    uint32
+	}
+	mask := uint32(1)<<bits - 1
+	left, right := n>>bits, n&mask
+	for i := range uint32(4) {
+		f := uint32(maphash.Comparable(ids.seed, round{key, right, i}))
+		left, right = right, left^f&mask
+	}
+	return left<<bits | right
 }
 
 // putFragment4 writes the headers of an IPv4 fragment (RFC 791 section 3.2).

@@ -8,6 +8,7 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"hash/maphash"
 	"math/rand/v2"
 	"net/netip"
 	"os"
@@ -498,6 +499,9 @@ func TestSegmentSizes(t *testing.T) {
 	}
 }
 
+// testIDs are the identifications of fragments.
+var testIDs = &fragmentIDs{seed: maphash.MakeSeed()}
+
 var testLink = link{guest: [6]byte{0x52, 0x54, 0, 0x12, 0x34, 0x56}, gw: [6]byte{0x52, 0x55, 10, 0, 2, 2}}
 
 func TestFinishFrameBytes(t *testing.T) {
@@ -664,7 +668,7 @@ func TestEmitDatagram(t *testing.T) {
 				var frames [][]byte
 				alloc := func(n int) []byte { return bytes.Repeat([]byte{0xa5}, n) }
 				emit := func(frame []byte) error { frames = append(frames, frame); return nil }
-				if err := emitDatagram(&testLink, a.version, protoUDP, a.src, a.dst, msg, mtu, 64, alloc, emit); err != nil {
+				if err := emitDatagram(&testLink, a.version, protoUDP, a.src, a.dst, msg, mtu, 64, testIDs, alloc, emit); err != nil {
 					t.Fatal(err)
 				}
 				if (len(frames) == 1) != (n <= fit) {
@@ -694,19 +698,56 @@ func TestEmitDatagramErrors(t *testing.T) {
 			}
 			return nil
 		}
-		if err := emitDatagram(&testLink, 4, protoUDP, src, dst, make([]byte, n), 1500, 64, alloc, emit); err != broken || calls != want {
+		if err := emitDatagram(&testLink, 4, protoUDP, src, dst, make([]byte, n), 1500, 64, testIDs, alloc, emit); err != broken || calls != want {
 			t.Errorf("%d bytes: %v after %d frames", n, err, calls)
 		}
 	}
 	none := func([]byte) error { t.Error("a frame of a datagram that is too long"); return nil }
-	if err := emitDatagram(&testLink, 4, protoUDP, src, dst, make([]byte, 65516), 1500, 64, alloc, none); err != errDatagramTooLong {
+	if err := emitDatagram(&testLink, 4, protoUDP, src, dst, make([]byte, 65516), 1500, 64, testIDs, alloc, none); err != errDatagramTooLong {
 		t.Errorf("IPv4, 65516 bytes: %v", err)
 	}
-	if err := emitDatagram(&testLink, 6, protoUDP, src, dst, make([]byte, 65536), 1500, 64, alloc, none); err != errDatagramTooLong {
+	if err := emitDatagram(&testLink, 6, protoUDP, src, dst, make([]byte, 65536), 1500, 64, testIDs, alloc, none); err != errDatagramTooLong {
 		t.Errorf("IPv6, 65536 bytes: %v", err)
 	}
 }
 
+// Identifications do not come twice in a short time, and have no pattern.
+func TestN28_FragmentIDs(t *testing.T) {
+	guests := []ipAddr{testAddr("10.0.2.15"), testAddr("10.0.2.16"), testAddr("fd00::15")}
+	for _, version := range []uint16{4, 6} {
+		ids := &fragmentIDs{seed: maphash.MakeSeed()}
+		seen, steps := map[[2]uint32]bool{}, map[uint32]int{}
+		last := make([]uint32, len(guests))
+		for range 10000 {
+			for i, guest := range guests {
+				host := testAddr("192.0.2.1")
+				id := ids.next(version, protoUDP, &host, &guest)
+				key := [2]uint32{uint32(i), id}
+				if seen[key] || version == 4 && (id == 0 || id > 0xffff) {
+					t.Fatalf("v%d: identification %#x", version, id)
+				}
+				seen[key] = true
+				steps[id-last[i]]++
+				last[i] = id
+			}
+		}
+		for step, n := range steps {
+			if n > 30 { // chance makes it 5 or so in IPv4
+				t.Errorf("v%d: %d times a step of %#x", version, n, step)
+			}
+		}
+	}
+	// A permutation, of all numbers.
+	seen := map[uint32]bool{}
+	for n := range uint32(1 << 16) {
+		seen[testIDs.shuffle(7, n, 8)] = true
+	}
+	if len(seen) != 1<<16 {
+		t.Errorf("%d of 65536 numbers", len(seen))
+	}
+}
+
+// Every fragment of a datagram has the identification of that.
 func TestFragmentIDs(t *testing.T) {
 	for _, version := range []uint16{4, 6} {
 		seen := map[uint32]bool{}
@@ -719,7 +760,7 @@ func TestFragmentIDs(t *testing.T) {
 				return nil
 			}
 			alloc := func(n int) []byte { return make([]byte, n) }
-			if err := emitDatagram(&testLink, version, protoUDP, ipAddr{}, ipAddr{}, make([]byte, 3000), 1500, 64, alloc, emit); err != nil {
+			if err := emitDatagram(&testLink, version, protoUDP, ipAddr{}, ipAddr{}, make([]byte, 3000), 1500, 64, testIDs, alloc, emit); err != nil {
 				t.Fatal(err)
 			}
 			if version == 4 {
@@ -728,7 +769,7 @@ func TestFragmentIDs(t *testing.T) {
 				seen[binary.BigEndian.Uint32(first[58:])] = true
 			}
 		}
-		if len(seen) < 190 || version == 4 && seen[0] {
+		if len(seen) != 200 || version == 4 && seen[0] {
 			t.Errorf("version %d: %d different identifications in 200", version, len(seen))
 		}
 	}
@@ -749,7 +790,7 @@ func TestIPAllocations(t *testing.T) {
 		for _, version := range []uint16{4, 6} {
 			finishFrame(frame, &testLink, version, protoTCP, src, dst)
 		}
-		emitDatagram(&testLink, 4, protoUDP, src, dst, big, 1500, 64,
+		emitDatagram(&testLink, 4, protoUDP, src, dst, big, 1500, 64, testIDs,
 			func(n int) []byte { return frame[:n] }, func([]byte) error { return nil })
 	})
 	if n != 0 {

@@ -415,8 +415,8 @@ func (r *kernelRing) serveUDP(address string, reply func(request []byte) []byte)
 }
 
 // TestKernelUDPSizes has the host send datagrams of every kind of size; those
-// above the MTU reach the guest in fragments. A request names the size of its
-// answer, and is itself as long as that, up to one packet.
+// above the MTU reach the guest in fragments, and the stack likewise. A request
+// names the size of its answer, and is itself as long as that.
 func TestKernelUDPSizes(t *testing.T) {
 	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
 		packet := map[string]int{"IPv4": 1500 - 20 - 8, "IPv6": 1500 - 40 - 8}[r.name]
@@ -426,10 +426,10 @@ func TestKernelUDPSizes(t *testing.T) {
 			n, _ := strconv.Atoi(strings.TrimSpace(string(request))) // an empty request has an empty answer
 			return data[:n]
 		}))
-		for _, n := range []int{0, 1, packet - 1, packet, packet + 1, 4000, 65507, 0, 1} {
+		for _, n := range []int{0, 1, packet - 1, packet, packet + 1, 4000, 8192, 65507, 0, 1} {
 			request := ""
 			if n > 0 {
-				request = fmt.Sprintf("%-*d", min(n, packet), n)
+				request = fmt.Sprintf("%-*d", n, n)
 			}
 			if err := ring.Exchange(c, request, string(data[:n])); err != nil {
 				t.Errorf("%d bytes: %v", n, err)
@@ -442,12 +442,33 @@ func TestKernelPing(t *testing.T) {
 	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
 		needRing(t, "busybox")
 		for _, a := range []netip.Addr{r.gateway, r.server} {
-			for _, size := range []string{"0", "56", "1452"} {
+			for _, size := range []string{"0", "56", "1452", "8000"} {
 				var out strings.Builder
 				err := r.run(nil, &out, "busybox", "ping", "-"+r.network, "-c", "3", "-i", "0.1", "-W", "10", "-s", size, a.String())
 				if err != nil || !strings.Contains(out.String(), "3 packets received") {
 					t.Errorf("ping %v, %s bytes: %v\n%s", a, size, err, &out)
 				}
+			}
+		}
+	})
+}
+
+// A traceroute of datagrams shows the stack and then the destination, which has
+// nobody at these ports; so does one of pings.
+func TestKernelTraceroute(t *testing.T) {
+	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
+		needRing(t, "busybox")
+		modes := [][]string{nil}
+		if r.network == "4" {
+			modes = append(modes, []string{"-I"})
+		}
+		for _, mode := range modes {
+			var out strings.Builder
+			args := append([]string{"traceroute", "-n", "-q", "2", "-w", "5", "-m", "4"}, mode...)
+			err := r.run(nil, &out, "busybox", append(args, r.server.String())...)
+			hops := strings.Split(strings.TrimSpace(out.String()), "\n")[1:]
+			if err != nil || len(hops) != 2 || !strings.Contains(hops[0], r.gateway.String()) || !strings.Contains(hops[1], r.server.String()) || strings.Contains(out.String(), "*") {
+				t.Errorf("traceroute %v: %v\n%s", mode, err, &out)
 			}
 		}
 	})

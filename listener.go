@@ -19,7 +19,8 @@ import (
 )
 
 // The program's side of virtual flows: listeners on addresses that exist only in
-// the stack, connections into the guest, and VirtualConn for both.
+// the stack, connections into the guest, VirtualConn for both, and datagramConn for
+// UDP.
 
 // listenKey is an address that a listener serves. The unspecified address stands
 // for every address of its IP version.
@@ -735,7 +736,222 @@ func (c *VirtualConn) opError(op string, err error) error {
 	return &net.OpError{Op: op, Net: "tcp", Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: err}
 }
 
+// Connections of DialContext.
+
+// dialUDP opens a UDP flow to a guest of namespace 0. No packet leaves: the guest
+// hears of it with the first Write.
+func (s *Stack) dialUDP(ctx context.Context, network, address string) (net.Conn, error) {
+	key, l, err := s.dialTarget(ctx, network, address)
+	key.proto = protoUDP
+	if err == nil {
+		f := s.newUDPFlow(&key, &l, time.Now())
+		f.conn = &datagramConn{flow: f}
+		f.conn.readable.L = &f.mu
+		err = s.insertDialedUDP(f)
+		for errors.Is(err, ErrTooManyFlows) && s.reclaimUDP(key.ns, f.active) {
+			err = s.insertDialedUDP(f)
+		}
+		if err == nil {
+			return f.conn, nil
+		}
+	}
+	fail := &net.OpError{Op: "dial", Net: network, Err: err}
+	if to := key.guestEnd(); to.Port() != 0 {
+		fail.Addr = net.UDPAddrFromAddrPort(to)
+	}
+	return nil, fail
+}
+
+// insertDialedUDP enters f in the table under a free port of the stack's, which is
+// not to be guessed (RFC 6056).
+func (s *Stack) insertDialedUDP(f *udpFlow) error {
+	const n = 1<<16 - firstDynamicPort
+	first := rand.IntN(n)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range n {
+		f.key.hostPort = uint16(firstDynamicPort + (first+i)%n)
+		if err := s.insert(&f.key, f); !errors.Is(err, ErrAddressInUse) {
+			return err
+		}
+	}
+	return ErrAddressInUse
+}
+
+// icmpError takes what an ICMP error says of a datagram of the connection. It
+// reports false if the flow is none of DialContext.
+func (f *udpFlow) icmpError(kind unreachable) bool {
+	if f.conn == nil {
+		return false
+	}
+	f.mu.Lock()
+	f.conn.failure = kind.errno()
+	f.conn.readable.Broadcast()
+	f.mu.Unlock()
+	return true
+}
+
+// datagramConn is the program's end of a UDP flow with a guest. It is a [net.Conn]
+// that behaves as a connected *net.UDPConn does.
+type datagramConn struct {
+	flow *udpFlow
+
+	// Guarded by flow.mu.
+	closed      bool
+	readable    sync.Cond
+	queue       datagramQueue
+	failure     syscall.Errno // what an ICMP error said; 0: nothing
+	read, write deadline
+}
+
+// deliver keeps a datagram of the guest for Read. The caller holds flow.mu.
+func (c *datagramConn) deliver(d *datagram) {
+	if !c.queue.push(d, connQueueLen, connQueueSize) {
+		c.flow.stack.count(dropUDPQueue)
+		return
+	}
+	c.readable.Broadcast()
+}
+
+// Read reads one datagram of the guest, and waits for it if there is none. What
+// does not fit b is lost.
+func (c *datagramConn) Read(b []byte) (int, error) {
+	f := c.flow
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for {
+		if err := c.usable("read", &c.read); err != nil {
+			return 0, c.opError("read", err)
+		}
+		if len(b) == 0 {
+			return 0, nil
+		}
+		if d, ok := c.queue.pop(); ok {
+			return copy(b, d.data), nil
+		}
+		c.readable.Wait()
+	}
+}
+
+// Write sends b to the guest as one datagram, and waits while another is given to
+// the Writer, whose error it returns.
+func (c *datagramConn) Write(b []byte) (int, error) {
+	f := c.flow
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for {
+		if err := c.usable("write", &c.write); err != nil {
+			return 0, c.opError("write", err)
+		}
+		if !f.emitting {
+			break
+		}
+		f.writable.Wait()
+	}
+	err := errDatagramTooLong
+	if len(b) <= maxUDPLength-udpHeaderLen {
+		err = c.send(b)
+	}
+	switch err {
+	case nil:
+		return len(b), nil
+	case errDatagramTooLong:
+		err = os.NewSyscallError("write", syscall.EMSGSIZE)
+	}
+	return 0, c.opError("write", err)
+}
+
+// send sends b to where the guest is now. The caller holds flow.mu, which is
+// released meanwhile, and nobody else is emitting.
+func (c *datagramConn) send(b []byte) error {
+	f := c.flow
+	d := datagramBuffers.Get().(*datagramBuffer)
+	defer datagramBuffers.Put(d)
+	copy(d[udpHeaderLen:], b)
+
+	f.emitting = true
+	f.mu.Unlock()
+	l, ok := f.stack.linkTo(f.key.ns, f.key.guest.addr())
+	f.mu.Lock()
+	if ok {
+		f.link = l
+	}
+	return f.emit(d, len(b), f.key.host, f.key.hostPort)
+}
+
+// usable returns why nothing can be read or written, if so. What an ICMP error said
+// is returned once. The caller holds flow.mu.
+func (c *datagramConn) usable(op string, d *deadline) error {
+	switch {
+	case c.closed:
+		return net.ErrClosed
+	case c.flow.gone:
+		return ErrStackClosed
+	case d.expired:
+		return os.ErrDeadlineExceeded
+	case c.failure != 0:
+		err := os.NewSyscallError(op, c.failure)
+		c.failure = 0
+		return err
+	}
+	return nil
+}
+
+// Close closes the connection. What was not read is thrown away.
+func (c *datagramConn) Close() error {
+	f := c.flow
+	f.mu.Lock()
+	if c.closed {
+		f.mu.Unlock()
+		return c.opError("close", net.ErrClosed)
+	}
+	c.closed = true
+	c.queue = datagramQueue{}
+	c.read.set(time.Time{}, &c.readable)
+	c.write.set(time.Time{}, &f.writable)
+	f.finish()
+	return nil
+}
+
+// LocalAddr returns the stack's end of the flow, a *net.UDPAddr.
+func (c *datagramConn) LocalAddr() net.Addr { return net.UDPAddrFromAddrPort(c.flow.key.hostEnd()) }
+
+// RemoteAddr returns the guest's end of the flow, a *net.UDPAddr.
+func (c *datagramConn) RemoteAddr() net.Addr { return net.UDPAddrFromAddrPort(c.flow.key.guestEnd()) }
+
+// SetDeadline sets the read and write deadlines.
+func (c *datagramConn) SetDeadline(t time.Time) error { return c.setDeadline(t, true, true) }
+
+// SetReadDeadline sets when Read fails with [os.ErrDeadlineExceeded], now and
+// later; the zero time is never.
+func (c *datagramConn) SetReadDeadline(t time.Time) error { return c.setDeadline(t, true, false) }
+
+// SetWriteDeadline is SetReadDeadline for Write.
+func (c *datagramConn) SetWriteDeadline(t time.Time) error { return c.setDeadline(t, false, true) }
+
+func (c *datagramConn) setDeadline(t time.Time, read, write bool) error {
+	f := c.flow
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if c.closed {
+		return c.opError("set", net.ErrClosed)
+	}
+	if read {
+		c.read.set(t, &c.readable)
+	}
+	if write {
+		c.write.set(t, &f.writable)
+	}
+	return nil
+}
+
+// opError wraps an error as package net does.
+func (c *datagramConn) opError(op string, err error) error {
+	return &net.OpError{Op: op, Net: "udp", Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: err}
+}
+
 var (
 	_ net.Listener = (*Listener)(nil)
 	_ net.Conn     = (*VirtualConn)(nil)
+	_ net.Conn     = (*datagramConn)(nil)
 )

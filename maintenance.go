@@ -6,6 +6,9 @@ import (
 	"maps"
 	"slices"
 	"sync/atomic"
+	"time"
+
+	"github.com/KarpelesLab/slirp/internal/reassembly"
 )
 
 // What bounds a Stack: the accounts of the namespaces, TIME-WAIT, counters, and
@@ -16,6 +19,10 @@ type account struct {
 	tcp, udp int
 	dials    int        // calls of Allow and Dial under way
 	timeWait *list.List // of *tcpConn, the oldest first; nil until needed
+
+	// NAT flows of UDP that the host has not answered, *udpFlow: the first one is
+	// the first to make way.
+	unanswered list.List
 }
 
 // flows returns the counter of a protocol.
@@ -110,8 +117,12 @@ func (s *Stack) Close() error {
 	s.listeners = nil
 	flows := s.flows
 	s.flows, s.accounts = nil, make(map[uintptr]*account)
-	s.guests, s.routes = nil, nil
+	s.guests, s.paths, s.routes = nil, nil, nil
 	draining := slices.Collect(maps.Keys(s.draining))
+	s.fragments = reassembly.New(reassembly.Limits{}) // Stats looks at it
+	if s.fragmentTimer != nil {
+		s.fragmentTimer.Stop()
+	}
 	s.mu.Unlock()
 
 	s.cancel()
@@ -126,6 +137,49 @@ func (s *Stack) Close() error {
 	}
 	s.goroutines.Wait()
 	return nil
+}
+
+// setFragmentTimer has expireFragments called when a packet is due, and not at
+// all while there is none. The caller holds s.mu.
+func (s *Stack) setFragmentTimer(now time.Time) {
+	d := s.fragments.Deadline()
+	switch {
+	case d.IsZero():
+		if s.fragmentTimer != nil {
+			s.fragmentTimer.Stop()
+			s.fragmentsDue = time.Time{}
+		}
+	case s.fragmentsDue.IsZero() || d.Before(s.fragmentsDue):
+		s.fragmentsDue = d
+		if s.fragmentTimer == nil {
+			s.fragmentTimer = time.AfterFunc(d.Sub(now), s.expireFragments)
+		} else {
+			s.fragmentTimer.Reset(d.Sub(now))
+		}
+	}
+}
+
+// expireFragments forgets the packets whose fragments did not come in time, and
+// tells the guests. A Writer that blocks delays no other guest.
+func (s *Stack) expireFragments() {
+	s.mu.Lock()
+	if s.closed.Load() {
+		s.mu.Unlock()
+		return
+	}
+	s.goroutines.Add(1)
+	defer s.goroutines.Done()
+	now := time.Now()
+	s.fragmentsDue = time.Time{}
+	expired := s.fragments.Expire(now)
+	s.setFragmentTimer(now)
+	s.mu.Unlock()
+	for _, e := range expired {
+		s.count(dropFragmentTimeout)
+		if e.Front != nil {
+			s.goroutines.Go(func() { s.sendReassemblyTimeout(&e) })
+		}
+	}
 }
 
 // drain keeps hold of a flow that the table has forgotten while it still writes
@@ -151,17 +205,84 @@ func (s *Stack) drained(c *tcpConn) {
 	s.mu.Unlock()
 }
 
+// limited is a kind of answer that is limited: whoever provokes it may have no
+// other use for it.
+type limited int
+
+const (
+	limitICMP   limited = iota // ICMP errors
+	limitResets                // resets for segments of no connection
+	numLimited
+)
+
+// Of every kind a Stack sends icmpErrorRate a second, after a burst of
+// icmpErrorBurst, and so does a namespace at the most. One that finds nothing left
+// of that, because others are busy, has a small share that nobody else can take.
+const (
+	shareInterval = int64(10 * time.Millisecond)
+	shareBurst    = 10
+)
+
+// share is what a namespace has of the limits.
+type share struct {
+	most, own [numLimited]tokenBucket
+}
+
+// mayAnswer reports whether an answer of a kind may be sent to a namespace now, and
+// counts it.
+func (s *Stack) mayAnswer(ns uintptr, kind limited, now time.Time) bool {
+	sh := s.shareOf(ns, now)
+	return sh.most[kind].take(now) &&
+		(s.limits[kind].take(now) || sh.own[kind].takeEvery(now, shareInterval, shareBurst))
+}
+
+// shareOf returns the share of a namespace. Those that have not been used for a
+// while are forgotten when there are many.
+func (s *Stack) shareOf(ns uintptr, now time.Time) *share {
+	s.mu.RLock()
+	sh := s.shares[ns]
+	s.mu.RUnlock()
+	if sh != nil {
+		return sh
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if sh := s.shares[ns]; sh != nil {
+		return sh
+	}
+	if len(s.shares) >= s.sweepShares {
+		maps.DeleteFunc(s.shares, func(_ uintptr, sh *share) bool { return sh.isFull(now) })
+		s.sweepShares = max(64, 2*len(s.shares))
+	}
+	sh = new(share)
+	s.shares[ns] = sh
+	return sh
+}
+
+func (sh *share) isFull(now time.Time) bool {
+	for i := range sh.most {
+		if !sh.most[i].isFull(now) || !sh.own[i].isFull(now) {
+			return false
+		}
+	}
+	return true
+}
+
 // counter is an index of Stack.counters.
 type counter int
 
 const (
 	packetsIn counter = iota
 	dropMalformed
+	dropSourceRoute
 	dropChecksum
 	dropFragment
+	dropFragmentTimeout
+	dropFragmentRoom
 	dropProtocol
 	dropTruncated
 	dropAddress
+	dropHopLimit
 	dropPort
 	dropFlags
 	dropNoAcceptSlot
@@ -170,9 +291,13 @@ const (
 	dropPolicy
 	dropUDPQueue
 	dropUDPTooBig
+	dropUDPFilter
+	dropUDPHost
 	dropWriter
 	dropICMPType
 	dropNeighbor
+	packetsReassembled
+	pathMTUs
 	icmpErrors
 	icmpSuppressed
 	icmpRateLimited
@@ -183,6 +308,7 @@ const (
 	flowsAccepted
 	flowsDialed
 	flowsRefused
+	flowsReclaimed
 	numCounters
 )
 
@@ -195,12 +321,19 @@ type Stats struct {
 	PacketsIn uint64 // packets given to HandlePacket
 
 	// Packets and segments that were dropped, by reason.
-	DropMalformed    uint64 // HandlePacket returned an error, or IPv6 headers made no sense
-	DropChecksum     uint64 // a checksum is wrong
-	DropFragment     uint64 // a fragment: they are not reassembled
+	DropMalformed   uint64 // HandlePacket returned an error, or IPv4 options or IPv6 headers made no sense
+	DropSourceRoute uint64 // an IPv4 source route, or an IPv6 routing header with segments left
+	DropChecksum    uint64 // a checksum is wrong
+	DropFragment    uint64 // a fragment that overlaps, makes no sense, or has come before
+
+	// Packets of which fragments came that were dropped, by reason.
+	DropFragmentTimeout uint64 // the others did not come in time
+	DropFragmentRoom    uint64 // they made way for later ones
+
 	DropProtocol     uint64 // not TCP, UDP or ICMP
 	DropTruncated    uint64 // the transport header is cut off or makes no sense
 	DropAddress      uint64 // an address that is not unicast
+	DropHopLimit     uint64 // TTL or hop limit 1, and a destination that is not the stack
 	DropPort         uint64 // port 0
 	DropFlags        uint64 // TCP flags that go with no state
 	DropNoAcceptSlot uint64 // a SYN to a listener with a full backlog
@@ -209,9 +342,14 @@ type Stats struct {
 	DropPolicy       uint64 // Allow or Dial returned ErrDrop
 	DropUDPQueue     uint64 // a datagram that found no room in a queue
 	DropUDPTooBig    uint64 // a datagram that is too long for the host's network, or for an IP packet
+	DropUDPFilter    uint64 // a datagram for a mapping from an address that the guest has not sent to
+	DropUDPHost      uint64 // a datagram of a mapping that the host's socket did not take
 	DropWriter       uint64 // a frame for which the Writer returned an error
 	DropICMPType     uint64 // an ICMP message that is not for the stack
 	DropNeighbor     uint64 // a neighbour solicitation that is not valid or not for the stack
+
+	PacketsReassembled uint64 // packets put together of fragments
+	PathMTUs           uint64 // ICMP messages of the guest's side that made packets to it shorter
 
 	ICMPErrors       uint64 // ICMP errors sent
 	ICMPSuppressed   uint64 // ICMP errors not sent, because the RFC forbids them
@@ -225,7 +363,10 @@ type Stats struct {
 	FlowsDialed   uint64 // host connections and sockets opened
 	FlowsRefused  uint64 // flows that Allow or Dial refused, or that timed out
 
+	FlowsReclaimed uint64 // UDP flows that made way for new ones, idle and never answered
+
 	TCPFlows, UDPFlows, PendingDials, TimeWait int // now, over all namespaces
+	PendingFragments                           int // packets now of which fragments are missing
 }
 
 // Stats returns the counters. They are read one by one, not at one instant.
@@ -233,19 +374,24 @@ func (s *Stack) Stats() Stats {
 	n := func(c counter) uint64 { return s.counters[c].Load() }
 	st := Stats{
 		PacketsIn:     n(packetsIn),
-		DropMalformed: n(dropMalformed), DropChecksum: n(dropChecksum), DropFragment: n(dropFragment),
-		DropProtocol: n(dropProtocol), DropTruncated: n(dropTruncated), DropAddress: n(dropAddress),
+		DropMalformed: n(dropMalformed), DropSourceRoute: n(dropSourceRoute), DropChecksum: n(dropChecksum), DropFragment: n(dropFragment),
+		DropFragmentTimeout: n(dropFragmentTimeout), DropFragmentRoom: n(dropFragmentRoom),
+		PacketsReassembled: n(packetsReassembled), PathMTUs: n(pathMTUs),
+		DropProtocol: n(dropProtocol), DropTruncated: n(dropTruncated), DropAddress: n(dropAddress), DropHopLimit: n(dropHopLimit),
 		DropPort: n(dropPort), DropFlags: n(dropFlags), DropNoAcceptSlot: n(dropNoAcceptSlot),
 		DropPendingDials: n(dropPendingDials), DropTooManyFlows: n(dropTooManyFlows), DropPolicy: n(dropPolicy),
 		DropUDPQueue: n(dropUDPQueue), DropUDPTooBig: n(dropUDPTooBig), DropWriter: n(dropWriter),
+		DropUDPFilter: n(dropUDPFilter), DropUDPHost: n(dropUDPHost),
 		DropICMPType: n(dropICMPType), DropNeighbor: n(dropNeighbor),
 		ICMPErrors: n(icmpErrors), ICMPSuppressed: n(icmpSuppressed), ICMPRateLimited: n(icmpRateLimited),
 		EchoReplies: n(echoReplies), NeighborReplies: n(neighborReplies),
 		StrayResets: n(strayResets), StrayRateLimited: n(strayRateLimited),
 		FlowsAccepted: n(flowsAccepted), FlowsDialed: n(flowsDialed), FlowsRefused: n(flowsRefused),
+		FlowsReclaimed: n(flowsReclaimed),
 	}
 	s.mu.RLock()
 	defer s.mu.RUnlock()
+	st.PendingFragments = s.fragments.Len()
 	for _, a := range s.accounts {
 		st.TCPFlows += a.tcp
 		st.UDPFlows += a.udp

@@ -39,6 +39,11 @@ var connFamilies = []connFamily{
 
 const connPort = 7000
 
+func init() {
+	slirp.ConformanceTests["TestConn"] = TestConn
+	slirp.ConformanceTests["TestConnUDP"] = TestConnUDP
+}
+
 func (f connFamily) serverAddr() string { return netip.AddrPortFrom(f.server, connPort).String() }
 
 // joinStacks returns two Stacks, each of which handles the other's frames. The

@@ -2,6 +2,7 @@ package slirp_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -67,11 +68,11 @@ func TestQEMU(t *testing.T) {
 		t.Skip("the machine is an amd64 one, and runs this system's busybox")
 	}
 	root := os.Getenv("SLIRP_KERNEL")
-	if root == "" {
-		root = "/"
-	}
-	kernel, err := ring.FindKernel(root)
-	if err != nil {
+	kernel, err := ring.FindKernel(cmp.Or(root, "/"))
+	switch {
+	case err != nil && root != "":
+		t.Fatalf("SLIRP_KERNEL: %v", err)
+	case err != nil:
 		t.Skipf("needs a kernel, such as Debian's linux-image-cloud-amd64 unpacked in $SLIRP_KERNEL: %v", err)
 	}
 	fatal := func(err error) {

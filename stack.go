@@ -3,14 +3,20 @@ package slirp
 import (
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"log/slog"
 	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
+
+	"github.com/KarpelesLab/slirp/internal/egress"
+	"github.com/KarpelesLab/slirp/internal/reassembly"
 )
 
 // Errors that [Stack.HandlePacket] returns for a packet that is not an IP packet
@@ -57,6 +63,29 @@ type Flow struct {
 	Destination netip.AddrPort // where the guest wants to go
 }
 
+// UDPMapping says which datagrams of a guest leave through the same host socket.
+type UDPMapping int
+
+const (
+	// UDPMappingPerFlow gives every flow, a guest's port and one destination, a
+	// connected host socket of its own. Only that destination can answer. What
+	// becomes of a datagram is known: a closed port is reported to the guest.
+	UDPMappingPerFlow UDPMapping = iota
+
+	// UDPMappingEndpoint gives everything that a guest sends from one address and
+	// port, whatever the destination, the same host socket (RFC 4787 REQ-1). All
+	// destinations see the same port of the host, as STUN, WebRTC and games need
+	// it. Any address that the guest has sent to within UDPIdleTimeout may send to
+	// it, from any port (REQ-8: address-dependent filtering); other datagrams are
+	// dropped. Only datagrams of the guest keep a mapping and its destinations:
+	// those who answer cannot hold it open (REQ-6).
+	//
+	// The host sockets come from [Config.ListenPacket], not from Dial: they are not
+	// connected, and operating systems do not report to such a socket that a port
+	// is closed. A guest hears of what the host knows at once: no route, prohibited.
+	UDPMappingEndpoint
+)
+
 // Config holds the settings of a [Stack]. The zero value has the classic
 // defaults. A zero field means its default; a negative timeout or limit means
 // that there is none.
@@ -77,7 +106,13 @@ type Config struct {
 
 	// UDPIdleTimeout is how long a UDP flow may be silent before it is
 	// forgotten and its host socket is closed. Default 60 s; negative: never.
+	// RFC 4787 REQ-5 recommends 5 minutes. Flows to port 53 that were answered
+	// are forgotten after 10 s at the latest.
 	UDPIdleTimeout time.Duration
+
+	// UDPMapping says which datagrams share a host socket. Default
+	// [UDPMappingPerFlow].
+	UDPMapping UDPMapping
 
 	// DialTimeout bounds one call of Allow and Dial. Default 30 s; negative: none.
 	DialTimeout time.Duration
@@ -91,8 +126,10 @@ type Config struct {
 	// apart. Default 16384; negative: no limit.
 	MaxTCPFlows int
 
-	// MaxUDPFlows bounds the UDP flows of one namespace. Default 4096;
-	// negative: no limit.
+	// MaxUDPFlows bounds the UDP flows of one namespace; with
+	// UDPMappingEndpoint, its mappings. Default 4096; negative: no limit. Beyond
+	// it a flow that was never answered and has been idle for 10 s makes way for
+	// a new one, the oldest first; without such a flow the new one is refused.
 	MaxUDPFlows int
 
 	// MaxPendingDials bounds the flows of one namespace whose host connection
@@ -110,18 +147,31 @@ type Config struct {
 	Backlog int
 
 	// Allow is asked once for every flow that would leave for the host, before
-	// anything is opened for it. Nil lets every flow pass. The kind of error
+	// anything is opened for it. Nil lets every flow pass, to the host itself and
+	// its loopback address too: [Guard] has a policy that does not. The kind of error
 	// decides what the guest sees: see [ErrProhibited], [ErrDrop] and the table
 	// in the package documentation. It is called on a goroutine of its own and
 	// may block until ctx ends, which is when the guest gives up, DialTimeout
 	// has passed, or the Stack is closed.
 	Allow func(ctx context.Context, f Flow) error
 
-	// Dial opens the host's side of a flow; network is "tcp" or "udp", address
+	// Dial opens the host's side of a flow, but of those of UDP with
+	// UDPMappingEndpoint; network is "tcp" or "udp", address
 	// an IP and port. Nil uses a [net.Dialer]. [FlowFromContext] tells which
 	// guest asks. It is called on a goroutine of its own, under the context of
 	// Allow, and the Stack closes what it returns.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+
+	// ListenPacket opens the host socket of a UDP mapping, if UDPMapping is
+	// UDPMappingEndpoint; network is "udp4" or "udp6", address ":0". Nil uses a
+	// [net.ListenConfig]. It is called like Dial, once for each mapping, and
+	// FlowFromContext tells the flow that was the first. Datagrams are written to
+	// the very address that the guest has sent them to: 127.0.0.1 is the host's own
+	// if Allow lets it pass, and 10.0.2.2 is none of the Stack's. An address is
+	// mapped to another by a PacketConn that does so both ways, in WriteTo and
+	// ReadFrom. An error of WriteTo is about its datagram only; a socket that is of
+	// no more use says so in ReadFrom.
+	ListenPacket func(ctx context.Context, network, address string) (net.PacketConn, error)
 
 	// ReuseFrames promises that the Writer does not keep a frame after it
 	// returns, and makes the Stack use the memory again.
@@ -130,6 +180,72 @@ type Config struct {
 	// Logger is told of flows that are opened, refused and closed, at debug
 	// level, never per packet. Nil logs nothing.
 	Logger *slog.Logger
+}
+
+// Guard is a policy that keeps a guest from the host itself, and from what only the
+// host should talk to. It refuses, with [ErrProhibited]:
+//
+//   - loopback addresses, 0.0.0.0/8 and "::", which are loopback addresses by another
+//     name;
+//   - the addresses of the host's interfaces as they are when a flow begins, or were
+//     less than a second before, and all of a network on the loopback interface;
+//   - link-local addresses, and the others where providers of virtual machines have
+//     their metadata services;
+//   - multicast and broadcast, those of the host's networks too;
+//   - every address that one of these is written in: as IPv4-mapped, IPv4-compatible
+//     and IPv4-translated, NAT64 (64:ff9b::/96), 6to4, Teredo and ISATAP; and all of
+//     64:ff9b:1::/48, the local NAT64 prefix.
+//
+// Everything else may pass, the rest of the host's networks and private addresses
+// among it. Listeners of the Stack are not concerned. If the addresses of the host
+// cannot be read, everything is refused but what Except has.
+//
+// The zero value is ready for use, and its methods may be called concurrently:
+//
+//	guard := new(slirp.Guard)
+//	slirp.Config{
+//		Allow: guard.Allow,
+//		Dial:  (&net.Dialer{Control: guard.Control}).DialContext,
+//	}
+//
+// It does not know of addresses that reach the host by other ways: those that a
+// router, a firewall rule or a local route leads to it, and those of a translator
+// with a prefix of its own (NAT64, 6rd).
+type Guard struct {
+	// Except lists what may pass nevertheless. An address in which another one is
+	// written passes if that one does. It is not to be changed while the Guard is
+	// in use.
+	Except []netip.Prefix
+
+	host egress.Host
+}
+
+// Allow is for [Config.Allow]. It judges the destination as the guest names it: what
+// Dial makes of that is for Control to judge.
+func (g *Guard) Allow(ctx context.Context, f Flow) error { return g.Check(f.Destination.Addr()) }
+
+// Control is for the Control field of a [net.Dialer] in [Config.Dial]. It judges the
+// address that is really dialled, after every mapping of addresses and look-up of
+// names. (Datagrams of UDPMappingEndpoint go to the very address that Allow has
+// judged, unless a PacketConn maps it: that can ask Check.)
+func (g *Guard) Control(network, address string, c syscall.RawConn) error {
+	a, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return fmt.Errorf("%w: %v", ErrProhibited, err)
+	}
+	return g.Check(a.Addr())
+}
+
+// Check judges one address, for policies of which this is a part. The error is
+// [ErrProhibited] or nil.
+func (g *Guard) Check(a netip.Addr) error {
+	if !a.IsValid() {
+		return fmt.Errorf("%w: not an address", ErrProhibited)
+	}
+	if why := g.host.Refuse(a, g.Except); why != "" {
+		return fmt.Errorf("%w: %v is refused: %s", ErrProhibited, a, why)
+	}
+	return nil
 }
 
 // withDefaults returns cfg with its zero fields set, or an error that names the
@@ -162,6 +278,9 @@ func (cfg Config) withDefaults() (Config, error) {
 	if cfg.Dial == nil {
 		cfg.Dial = new(net.Dialer).DialContext
 	}
+	if cfg.ListenPacket == nil {
+		cfg.ListenPacket = new(net.ListenConfig).ListenPacket
+	}
 	return cfg, cfg.validate()
 }
 
@@ -174,6 +293,9 @@ func (cfg *Config) validate() error {
 	}
 	if cfg.ReceiveBuffer < 4096 || cfg.ReceiveBuffer > 1<<30 {
 		return fmt.Errorf("slirp: Config.ReceiveBuffer: %d is not between 4096 and 1 GiB", cfg.ReceiveBuffer)
+	}
+	if cfg.UDPMapping != UDPMappingPerFlow && cfg.UDPMapping != UDPMappingEndpoint {
+		return fmt.Errorf("slirp: Config.UDPMapping: %d is unknown", cfg.UDPMapping)
 	}
 	for _, a := range cfg.Addresses {
 		if !a.IsValid() || a.IsUnspecified() || a.IsMulticast() || a.Zone() != "" {
@@ -193,19 +315,27 @@ type Stack struct {
 	isnSecret  [32]byte
 	epoch      time.Time // of the ISN clock
 	counters   counters
-	icmpLimit  tokenBucket
-	strayLimit tokenBucket
+	limits     [numLimited]tokenBucket
+	fragmentID fragmentIDs
 	slabs      sync.Pool      // of *slab
 	goroutines sync.WaitGroup // that Close waits for
 	closed     atomic.Bool    // set under mu
+	numPaths   atomic.Int32   // len(paths)
 
-	mu        sync.RWMutex
-	flows     map[flowKey]flow
-	accounts  map[uintptr]*account
-	listeners map[listenKey]*Listener
-	guests    map[guestKey]link
-	routes    map[uintptr][]route
-	draining  map[*tcpConn]struct{} // gone from flows, still writing to their hosts
+	mu          sync.RWMutex
+	flows       map[flowKey]flow
+	accounts    map[uintptr]*account
+	listeners   map[listenKey]*Listener
+	guests      map[guestKey]link
+	shares      map[uintptr]*share // of the limits
+	sweepShares int                // how many shares there are when those without use are forgotten
+	paths       map[guestKey]path  // where packets must be shorter than the MTU
+	routes      map[uintptr][]route
+	draining    map[*tcpConn]struct{} // gone from flows, still writing to their hosts
+
+	fragments     *reassembly.Reassembler
+	fragmentTimer *time.Timer // for the deadline of fragments; set while there are any
+	fragmentsDue  time.Time   // when fragmentTimer fires; zero: it does not
 }
 
 // New returns a Stack with the default settings. It runs no goroutine until a
@@ -232,10 +362,14 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 		accounts:  make(map[uintptr]*account),
 		listeners: make(map[listenKey]*Listener),
 		guests:    make(map[guestKey]link),
+		paths:     make(map[guestKey]path),
+		shares:    make(map[uintptr]*share),
 		routes:    make(map[uintptr][]route),
 		draining:  make(map[*tcpConn]struct{}),
+		fragments: reassembly.New(reassembly.Limits{}),
 	}
 	rand.Read(s.isnSecret[:])
+	s.fragmentID.seed = maphash.MakeSeed()
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s, nil
 }
@@ -256,30 +390,137 @@ func (s *Stack) HandlePacket(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte
 	if s.closed.Load() {
 		return ErrStackClosed
 	}
-	l := link{guest: clientMAC, gw: gwMAC, w: w}
+	l := link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace}
 	switch {
 	case p.malformed:
-		s.count(dropMalformed)
+		return s.dropHeaders(&p, &l)
 	case p.badChecksum:
 		s.count(dropChecksum)
 	case p.fragment:
-		s.count(dropFragment)
-	case p.proto == protoTCP:
-		return s.handleTCP(namespace, &p, &l)
-	case p.proto == protoUDP:
-		return s.handleUDP(namespace, &p, &l)
-	case p.proto == icmpProto(p.version):
-		if p.src.isUnicast() {
-			s.learn(guestKey{namespace, p.src, uintptr(p.version)}, &l)
-		}
-		if s.reportToDialer(namespace, &p) {
-			return nil
-		}
-		return s.handleICMP(&p, &l)
+		return s.handleFragment(namespace, &p, &l)
 	default:
-		s.count(dropProtocol)
+		return s.handleTransport(namespace, &p, &l)
 	}
 	return nil
+}
+
+// dropHeaders drops a packet whose options or extension headers are not taken, and
+// tells the guest if it is to be told.
+func (s *Stack) dropHeaders(p *ipPacket, l *link) error {
+	if p.sourceRoute {
+		s.count(dropSourceRoute)
+	} else {
+		s.count(dropMalformed)
+	}
+	if p.problem.set {
+		return s.sendHeaderProblem(p, l)
+	}
+	return nil
+}
+
+// handleTransport takes a packet that is whole.
+func (s *Stack) handleTransport(ns uintptr, p *ipPacket, l *link) error {
+	if p.ttl == 1 && !s.endsHere(p) {
+		s.count(dropHopLimit)
+		return s.sendHopLimitExceeded(p, l)
+	}
+	switch p.proto {
+	case protoTCP:
+		return s.handleTCP(ns, p, l)
+	case protoUDP:
+		return s.handleUDP(ns, p, l)
+	case icmpProto(p.version):
+		if p.src.isUnicast() {
+			s.learn(guestKey{ns, p.src, uintptr(p.version)}, l)
+		}
+		if took, err := s.takeError(ns, p); took {
+			return err
+		}
+		return s.handleICMP(p, l)
+	}
+	s.count(dropProtocol)
+	return nil
+}
+
+// endsHere reports whether a packet goes no further than the Stack: to one of its
+// own addresses, to a listener, to an address of the guest's own link, or to more
+// than one host. Everything else is behind it, one hop away, and does not get
+// there with a TTL or hop limit of 1: "If the resulting TTL is zero […] the packet
+// must be discarded" (RFC 1812 section 5.3.1; RFC 8200 section 3).
+//
+// Deviation: a TTL of 0 passes, which nobody may send. There are guests without a
+// network stack of their own whose packets have it.
+func (s *Stack) endsHere(p *ipPacket) bool {
+	if !p.dst.isUnicast() || s.cfg.isOwn(p.dst) || p.dst.addr().IsLinkLocalUnicast() {
+		return true
+	}
+	return p.proto == protoTCP && len(p.payload) >= 4 &&
+		s.listening(&flowKey{host: p.dst, hostPort: binary.BigEndian.Uint16(p.payload[2:]), version: p.version})
+}
+
+// Fragments from the guest (RFC 791 section 3.2, RFC 8200 section 4.5) wait in a
+// Reassembler under Stack.mu. What is done with a packet is decided when it is
+// whole; a packet of fragments is handled by the HandlePacket that brings the last
+// of them.
+
+// handleFragment takes a fragment, and the packet that it completes, if it does.
+// The error is the Writer's.
+func (s *Stack) handleFragment(ns uintptr, p *ipPacket, l *link) error {
+	// Nothing that would take the whole packet takes one that is not from and to
+	// one host.
+	if !p.src.isUnicast() || !p.dst.isUnicast() {
+		s.count(dropAddress)
+		return nil
+	}
+	if p.fragOffset == 0 {
+		// Where a Time Exceeded goes, which is about this fragment.
+		s.learn(guestKey{ns, p.src, uintptr(p.version)}, l)
+	}
+	packet, verdict, err := s.reassemble(time.Now(), ns, p)
+	switch {
+	case err != nil:
+		return err
+	case packet != nil:
+		return s.handleReassembled(ns, packet, l)
+	case verdict != reassembly.Pending:
+		s.count(dropFragment)
+		return s.sendFragmentProblem(p, verdict, l)
+	}
+	return nil
+}
+
+// reassemble hands a fragment to the Reassembler.
+func (s *Stack) reassemble(now time.Time, ns uintptr, p *ipPacket) ([]byte, reassembly.Verdict, error) {
+	key, f := p.reassemblyKey(ns), p.reassemblyFragment()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed.Load() {
+		return nil, 0, ErrStackClosed
+	}
+	evicted := s.fragments.Evicted()
+	packet, verdict := s.fragments.Add(now, key, f)
+	if n := s.fragments.Evicted() - evicted; n > 0 {
+		s.counters[dropFragmentRoom].Add(n)
+	}
+	s.setFragmentTimer(now)
+	return packet, verdict, nil
+}
+
+// handleReassembled takes a packet that was put together.
+func (s *Stack) handleReassembled(ns uintptr, packet []byte, l *link) error {
+	s.count(packetsReassembled)
+	var p ipPacket
+	completeHeader(packet)
+	err := parseIP(packet, &p)
+	switch {
+	case err == nil && p.malformed:
+		return s.dropHeaders(&p, l)
+	case err != nil || p.fragment: // these were fragments of a fragment
+		s.count(dropMalformed)
+		return nil
+	}
+	p.fragmented = true
+	return s.handleTransport(ns, &p, l)
 }
 
 // AddRoute says where DialContext sends packets for guests of the namespace
@@ -292,7 +533,7 @@ func (s *Stack) AddRoute(namespace uintptr, prefix netip.Prefix, clientMAC, gwMA
 	if w == nil {
 		return fmt.Errorf("slirp: AddRoute: no Writer")
 	}
-	r := route{prefix.Masked(), link{clientMAC, gwMAC, w}}
+	r := route{prefix.Masked(), link{clientMAC, gwMAC, w, namespace}}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed.Load() {

@@ -68,7 +68,7 @@ func (s *Stack) handleNoFlow(now time.Time, key *flowKey, seg *tcp.Segment, p *i
 		s.count(dropFlags)
 		return nil
 	}
-	if !s.strayLimit.take(now) {
+	if !s.mayAnswer(key.ns, limitResets, now) {
 		s.count(strayRateLimited)
 		return nil
 	}

@@ -35,6 +35,8 @@ type tcpConn struct {
 
 	readable, writable sync.Cond // on mu
 
+	shortened int // how often pathMTU has made the segments shorter
+
 	icmp syscall.Errno // what an ICMP error said that ended DialContext; 0: nothing
 
 	// The relay of a NAT flow.
@@ -136,6 +138,28 @@ func (c *tcpConn) emit(now time.Time) (first error) {
 	c.emitting = false
 	c.setTimer(now)
 	return first
+}
+
+// maxShortened bounds how often the segments of a connection are made shorter, a
+// little each time, and what is in flight sent again: then they are at once as short
+// as they get.
+const maxShortened = 8
+
+// pathMTU takes the news that the packet with the segment that began at seq was too
+// long, and that the network has room for size bytes. It reports false if that
+// changes nothing. The error is that of the Writer.
+func (c *tcpConn) pathMTU(size int, seq uint32) (took bool, err error) {
+	c.mu.Lock()
+	if c.shortened >= maxShortened {
+		size = pathMTUFloor(c.key.version)
+	}
+	now := time.Now()
+	if c.gone || c.tcb == nil || !c.tcb.PathMTU(now, transportMSS(c.key.version, size), seq) {
+		c.mu.Unlock()
+		return false, nil
+	}
+	c.shortened++
+	return true, c.flush(now)
 }
 
 // setTimer has onTimer called when the TCB wants it. A deadline that moves away

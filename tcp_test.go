@@ -1215,9 +1215,12 @@ func (g *guest) takeLossy(n int) []byte {
 		if seg.flags&(flagR|flagS) != 0 {
 			g.t.Fatalf("%s", g.show(seg))
 		}
-		off := int(g.seqOf(seg) - from)
-		if len(seg.payload) == 0 || off < 0 {
+		off := int(int32(g.seqOf(seg) - from))
+		if off+len(seg.payload) <= max(off, 0) {
 			continue
+		}
+		if off < 0 { // some of it was there before
+			off, seg.payload = 0, seg.payload[-off:]
 		}
 		copy(data[off:], seg.payload)
 		for i := range seg.payload {

@@ -1,12 +1,14 @@
 package slirp
 
 import (
+	"bytes"
+	"container/list"
 	"context"
 	"encoding/binary"
 	"errors"
-	"math/rand/v2"
+	"io"
 	"net"
-	"os"
+	"net/netip"
 	"sync"
 	"syscall"
 	"time"
@@ -14,8 +16,9 @@ import (
 	"github.com/KarpelesLab/slirp/internal/hostio"
 )
 
-// UDP (RFC 768) in the stack: which flow a datagram belongs to, the relay between
-// a flow and its host socket, and the connections of DialContext.
+// UDP (RFC 768) in the stack: which flow a datagram belongs to, and the relay
+// between a flow and its host socket. What is different with UDPMappingEndpoint is
+// at the end; the connections of DialContext are in listener.go.
 
 const (
 	udpHeaderLen = 8
@@ -34,6 +37,15 @@ const (
 	// maxFailures is how often in a row a host socket may report what became of
 	// the guest's datagrams: one that does nothing else is of no use.
 	maxFailures = 16
+
+	// briefIdle is how long a flow to port 53 may be idle once it is answered,
+	// and how long one without an answer must have been idle before it makes
+	// way for a new one.
+	//
+	// RFC 4787 REQ-5 (a): "For specific destination ports in the well-known port
+	// range (ports 0-1023), a NAT MAY have shorter UDP mapping timers".
+	briefIdle = 10 * time.Second
+	portDNS   = 53
 )
 
 // handleUDP takes a UDP packet.
@@ -61,18 +73,29 @@ func (s *Stack) handleUDP(ns uintptr, p *ipPacket, l *link) error {
 	now := time.Now()
 	data := datagram[udpHeaderLen:]
 	for {
-		if f, ok := s.lookup(&key).(*udpFlow); ok {
-			if ok, err := f.handle(now, data, p, l); ok {
+		if f := s.lookupUDP(&key); f != nil {
+			if ok, err := f.handle(now, &key, data, p, l); ok {
 				return err
 			}
-			s.remove(&key, f)
+			s.remove(&f.key, f)
 		}
 		err := s.openUDP(now, &key, data, p, l)
 		if !errors.Is(err, ErrAddressInUse) {
 			return err
 		}
-		// Another datagram of the flow was faster: this one goes the same way.
+		// There is a flow by now: this datagram goes its way.
 	}
+}
+
+// lookupUDP finds the flow of a datagram: that of its two ends, else the mapping
+// of the guest's end.
+func (s *Stack) lookupUDP(key *flowKey) *udpFlow {
+	f, _ := s.lookup(key).(*udpFlow)
+	if f == nil && s.cfg.UDPMapping == UDPMappingEndpoint {
+		m := key.mapping()
+		f, _ = s.lookup(&m).(*udpFlow)
+	}
+	return f
 }
 
 // udpDatagram returns the header and data of the datagram in b, as long as its
@@ -90,22 +113,29 @@ func udpDatagram(b []byte) (datagram []byte, ok bool) {
 }
 
 // openUDP begins a NAT flow with its first datagram: the host is dialed on a
-// goroutine of its own. The error is ErrAddressInUse if there is a flow by now.
+// goroutine of its own. The error is ErrAddressInUse if there is a flow that the
+// datagram is still to be given to.
 func (s *Stack) openUDP(now time.Time, key *flowKey, data []byte, p *ipPacket, l *link) error {
-	f := s.newUDPFlow(key, l, now)
-	f.keepQuote(p)
-	f.enqueue(data)
-
-	s.mu.Lock()
-	err := s.insert(key, f)
-	if err == nil && !s.beginDial(key.ns) {
-		s.removeLocked(key, f)
-		err = errTooManyDials
+	var f *udpFlow
+	var err error
+	endpoint := s.cfg.UDPMapping == UDPMappingEndpoint
+	if endpoint {
+		m := key.mapping()
+		f = s.newUDPFlow(&m, l, now)
+		f.mapping = newUDPMapping(f)
+		err = s.insertUDP(f, now, false)
+	} else {
+		f = s.newUDPFlow(key, l, now)
+		f.keepQuote(p.raw)
+		f.enqueue(&datagram{data: data})
+		err = s.insertUDP(f, now, true)
 	}
-	s.mu.Unlock()
 	switch {
 	case err == nil:
 		s.learn(guestKey{key.ns, key.guest, uintptr(key.version)}, l)
+		if endpoint {
+			return ErrAddressInUse
+		}
 		go f.run()
 	case errors.Is(err, ErrTooManyFlows):
 		s.count(dropTooManyFlows)
@@ -117,13 +147,93 @@ func (s *Stack) openUDP(now time.Time, key *flowKey, data []byte, p *ipPacket, l
 	return err
 }
 
+// insertUDP enters a NAT flow in the table, and counts a dial if it begins with
+// one. In a namespace that is full a flow without an answer makes way.
+func (s *Stack) insertUDP(f *udpFlow, now time.Time, dial bool) error {
+	for {
+		s.mu.Lock()
+		err := s.insert(&f.key, f)
+		if err == nil && dial && !s.beginDial(f.key.ns) {
+			s.removeLocked(&f.key, f)
+			err = errTooManyDials
+		}
+		if err == nil {
+			f.unanswered = s.account(f.key.ns).unanswered.PushBack(f)
+		}
+		s.mu.Unlock()
+		if !errors.Is(err, ErrTooManyFlows) || !s.reclaimUDP(f.key.ns, now) {
+			return err
+		}
+	}
+}
+
+// maxReclaim bounds the flows that are looked at for one that makes way.
+const maxReclaim = 8
+
+// reclaimUDP ends the oldest UDP flow of a namespace that is idle and was never
+// answered. It reports false if there is none: flows that were answered stay, and
+// those that may be answered yet.
+func (s *Stack) reclaimUDP(ns uintptr, now time.Time) bool {
+	for range maxReclaim {
+		f := s.oldestUnanswered(ns)
+		if f == nil {
+			return false
+		}
+		f.mu.Lock()
+		if !f.gone && !f.answered && now.Sub(f.active) >= briefIdle {
+			s.count(flowsReclaimed)
+			f.finish()
+			return true
+		}
+		f.mu.Unlock()
+	}
+	return false
+}
+
+// oldestUnanswered returns the first flow of a namespace that may make way, and
+// has it wait for its turn again.
+func (s *Stack) oldestUnanswered(ns uintptr) *udpFlow {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	a := s.accounts[ns]
+	if a == nil || a.unanswered.Len() == 0 {
+		return nil
+	}
+	e := a.unanswered.Front()
+	a.unanswered.MoveToBack(e)
+	return e.Value.(*udpFlow)
+}
+
+// keep takes f from the flows that may make way.
+func (s *Stack) keep(f *udpFlow) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.closed.Load() {
+		s.keepLocked(f)
+	}
+}
+
+// keepLocked is keep for a caller that holds s.mu.
+func (s *Stack) keepLocked(f *udpFlow) {
+	if f.unanswered != nil {
+		s.account(f.key.ns).unanswered.Remove(f.unanswered)
+		f.unanswered = nil
+	}
+}
+
 // udpFlow is one UDP flow: between a guest and a host socket, which one goroutine
 // reads and which is written to on the packet path if that can be done without
-// waiting; or between a guest and a connection of DialContext.
+// waiting; or between a guest and a connection of DialContext; or all that a
+// guest sends from one port, if that has a mapping.
 type udpFlow struct {
-	stack *Stack
-	key   flowKey
-	conn  *datagramConn // of DialContext; nil for a NAT flow
+	stack   *Stack
+	key     flowKey
+	conn    *datagramConn // of DialContext; nil for a NAT flow
+	mapping *udpMapping   // of UDPMappingEndpoint; otherwise nil
+
+	// Guarded by Stack.mu: its element of account.unanswered. Nil if it does not
+	// make way for others.
+	unanswered *list.Element
 
 	mu       sync.Mutex // guards what follows
 	link     link
@@ -138,87 +248,112 @@ type udpFlow struct {
 
 	// NAT flows only.
 	cancel   context.CancelFunc // ends the dial; nil before that
-	host     net.Conn           // nil until it is dialed, and then fixed
-	sender   *hostio.Sender     // writes to host without waiting; nil if that cannot be done
-	queue    datagramQueue      // for host
-	pumping  bool               // a goroutine writes the queue to host
-	active   time.Time          // when a datagram last passed, either way
-	timer    *time.Timer        // for UDPIdleTimeout
+	host     net.Conn           // nil until it is dialed, and then fixed; always nil with a mapping
+	sender   *hostio.Sender     // writes to the host without waiting; nil if that cannot be done
+	queue    datagramQueue      // for the host
+	pumping  bool               // a goroutine writes the queue to the host
+	active   time.Time          // when a datagram last passed, either way; with a mapping, to the host
+	answered bool               // a datagram of the host has passed
+	timer    *time.Timer        // for the idle timeout; nil if there is none
 	failures int                // errors of host since the last datagram, either way
-	quote    [maxQuote]byte     // the front of the guest's latest packet
+	quote    [maxQuote]byte     // the front of the guest's latest packet, or of what owed is about
 	quoteLen int
 }
 
 // newUDPFlow returns a flow that is not in the table yet.
 func (s *Stack) newUDPFlow(key *flowKey, l *link, now time.Time) *udpFlow {
-	f := &udpFlow{stack: s, key: *key, link: *l, learned: now}
+	f := &udpFlow{stack: s, key: *key, link: *l, learned: now, active: now}
 	f.writable.L = &f.mu
 	return f
 }
 
 // Guest to host.
 
-// handle takes a datagram of the guest. It reports false when the flow is gone.
-// The error is that of the Writer for an ICMP error sent at once.
-func (f *udpFlow) handle(now time.Time, data []byte, p *ipPacket, l *link) (ok bool, err error) {
+// handle takes a datagram of the guest, whose ends are those of key. It reports
+// false when the flow is gone. The error is that of the Writer for an ICMP error
+// sent at once.
+func (f *udpFlow) handle(now time.Time, key *flowKey, data []byte, p *ipPacket, l *link) (ok bool, err error) {
 	f.mu.Lock()
 	if f.gone {
 		f.mu.Unlock()
 		return false, nil
 	}
-	f.link, f.active, f.failures = *l, now, 0
+	f.link, f.failures = *l, 0
 	// A connection of DialContext sends to where the guest is, even if that
 	// speaks to others only: its entry is always the latest.
 	learn := f.conn != nil || now.Sub(f.learned) >= learnEvery
 	if learn {
 		f.learned = now
 	}
-	direct := f.accept(data, p)
+	d := datagram{data: data}
+	var begin *destination
+	var direct bool
+	if f.mapping != nil {
+		d.to, d.quote = key.hostEnd(), p.raw[:min(len(p.raw), maxQuote)]
+		begin, direct = f.mapping.accept(now, &d)
+	} else {
+		f.active = now
+		direct = f.accept(&d, p)
+	}
 	f.mu.Unlock()
 	if learn {
 		f.stack.learn(guestKey{f.key.ns, f.key.guest, uintptr(f.key.version)}, l)
 	}
-	if direct {
-		err = f.write(data)
+	switch {
+	case begin != nil:
+		f.mapping.begin(begin)
+	case direct:
+		err = f.writeWith(d, (*udpFlow).trySend)
 	}
 	return true, err
 }
 
 // accept queues a datagram of the guest, or reports that it is to be written to
 // the host at once. The caller holds f.mu.
-func (f *udpFlow) accept(data []byte, p *ipPacket) (direct bool) {
+func (f *udpFlow) accept(d *datagram, p *ipPacket) (direct bool) {
 	if f.conn != nil {
-		f.conn.deliver(data)
+		f.conn.deliver(d)
 		return false
 	}
-	f.keepQuote(p)
+	f.keepQuote(p.raw)
+	return f.forward(d)
+}
+
+// forward queues a datagram for the host, or reports that it is to be written to
+// it at once. The caller holds f.mu.
+func (f *udpFlow) forward(d *datagram) (direct bool) {
 	if f.sender != nil && !f.pumping {
 		return true
 	}
-	f.enqueue(data)
+	f.enqueue(d)
 	f.startPump()
 	return false
 }
 
-// keepQuote remembers the guest's packet, for ICMP errors to quote.
-func (f *udpFlow) keepQuote(p *ipPacket) {
-	f.quoteLen = copy(f.quote[:], p.raw)
+// keepQuote remembers the front of a packet of the guest, for ICMP errors to quote.
+func (f *udpFlow) keepQuote(raw []byte) {
+	f.quoteLen = copy(f.quote[:], raw)
 }
 
 // enqueue keeps a datagram for the host, if there is room.
-func (f *udpFlow) enqueue(data []byte) {
+func (f *udpFlow) enqueue(d *datagram) {
 	limit := hostQueueLen
-	if f.host == nil {
+	if !f.connected() {
 		limit = dialQueueLen
 	}
-	if !f.queue.push(data, limit, hostQueueSize) {
+	if !f.queue.push(d, limit, hostQueueSize) {
 		f.stack.count(dropUDPQueue)
 	}
 }
 
+// connected reports whether there is a host socket. The caller holds f.mu.
+func (f *udpFlow) connected() bool {
+	return f.host != nil || f.mapping != nil && f.mapping.conn != nil
+}
+
 // startPump has the queue written to the host. The caller holds f.mu.
 func (f *udpFlow) startPump() {
-	if f.host == nil || f.pumping || f.queue.empty() {
+	if !f.connected() || f.pumping || f.queue.empty() {
 		return
 	}
 	f.pumping = true
@@ -231,43 +366,57 @@ func (f *udpFlow) pump() {
 	defer f.stack.goroutines.Done()
 	for {
 		f.mu.Lock()
-		data, ok := f.queue.pop()
+		d, ok := f.queue.pop()
 		f.pumping = ok
 		f.mu.Unlock()
 		if !ok {
 			return
 		}
-		f.writeWith(data, f.writeHost)
+		f.writeWith(d, (*udpFlow).send)
 	}
 }
 
-func (f *udpFlow) writeHost(data []byte) error {
-	_, err := f.host.Write(data)
+// send sends a datagram to the host.
+func (f *udpFlow) send(d datagram) (err error) {
+	if f.mapping != nil {
+		_, err = f.mapping.conn.WriteTo(d.data, net.UDPAddrFromAddrPort(d.to))
+	} else {
+		_, err = f.host.Write(d.data)
+	}
 	return err
 }
 
-// write sends a datagram to the host without waiting. The error is that of the
-// Writer.
-func (f *udpFlow) write(data []byte) error { return f.writeWith(data, f.sender.Send) }
+// trySend sends a datagram to the host without waiting.
+func (f *udpFlow) trySend(d datagram) error {
+	if f.mapping != nil {
+		return f.sender.SendTo(d.data, d.to)
+	}
+	return f.sender.Send(d.data)
+}
 
-// writeWith sends a datagram to the host. A socket tells what became of an
-// earlier datagram in place of sending the next one, so that is tried again.
-func (f *udpFlow) writeWith(data []byte, send func([]byte) error) error {
-	err := send(data)
-	if _, ok := datagramAnswer(err); ok {
-		if again := send(data); again != nil {
+// writeWith sends a datagram to the host. A socket that is connected tells what
+// became of an earlier datagram in place of sending the next one, so that is tried
+// again. The error is that of the Writer.
+func (f *udpFlow) writeWith(d datagram, send func(*udpFlow, datagram) error) error {
+	err := send(f, d)
+	if _, ok := datagramAnswer(err); ok && f.mapping == nil {
+		if again := send(f, d); again != nil {
 			err = again
 		}
 	}
 	if err == nil {
 		return nil
 	}
-	err, alive := f.failed(err)
-	if !alive {
+	writer, alive := f.failed(err, d.quote)
+	switch {
+	case alive:
+	case f.mapping != nil && !errors.Is(err, net.ErrClosed):
+		f.stack.count(dropUDPHost) // the fault of one destination
+	default:
 		f.mu.Lock()
 		f.finish()
 	}
-	return err
+	return writer
 }
 
 // datagramAnswer returns the ICMP error that tells a guest of an error of Allow,
@@ -284,15 +433,16 @@ func datagramAnswer(err error) (kind unreachable, ok bool) {
 }
 
 // failed deals with an error of the host socket, and reports whether the flow
-// lives on. The error it returns is that of the Writer.
-func (f *udpFlow) failed(err error) (writer error, alive bool) {
+// lives on. Quote is the packet it is about; nil: the guest's latest. The error it
+// returns is that of the Writer.
+func (f *udpFlow) failed(err error, quote []byte) (writer error, alive bool) {
 	if kind, ok := datagramAnswer(err); ok {
-		return f.report(kind), true
+		return f.report(kind, quote), true
 	}
 	switch hostio.KindOf(err) {
 	case hostio.TooLong:
 		f.stack.count(dropUDPTooBig)
-		return nil, true
+		return f.report(unreachableTooBig, quote), true
 	case hostio.Full:
 		f.stack.count(dropUDPQueue)
 		return nil, true
@@ -313,16 +463,16 @@ func (f *udpFlow) run() {
 	if !gone && err == nil {
 		f.host, f.sender = host, hostio.NewSender(host)
 		f.active = time.Now()
-		if s.cfg.UDPIdleTimeout > 0 {
-			f.timer = time.AfterFunc(s.cfg.UDPIdleTimeout, f.onTimer)
-		}
+		f.schedule(f.active)
 		f.startPump()
 	}
 	f.mu.Unlock()
 	switch {
 	case err == nil && !gone:
 		s.log("flow opened", &f.key)
-		f.readHost()
+		f.readHost(func(lend func() []byte, giveUp func()) *hostio.Reader {
+			return hostio.NewReader(host, lend, giveUp)
+		})
 	case err == nil:
 		host.Close()
 	case !gone:
@@ -372,7 +522,7 @@ func (f *udpFlow) refuse(err error) {
 	}
 	s.count(flowsRefused)
 	if kind, ok := datagramAnswer(err); ok {
-		f.report(kind)
+		f.report(kind, nil)
 	}
 }
 
@@ -385,7 +535,7 @@ var datagramBuffers = sync.Pool{New: func() any { return new(datagramBuffer) }}
 // buffer is taken when there is something to read. (From a connection that is not
 // a socket of the operating system, or where that cannot be waited for without
 // memory, each flow holds one while it waits.)
-func (f *udpFlow) readHost() {
+func (f *udpFlow) readHost(newReader func(lend func() []byte, giveUp func()) *hostio.Reader) {
 	var b *datagramBuffer
 	giveUp := func() {
 		if b != nil {
@@ -393,7 +543,7 @@ func (f *udpFlow) readHost() {
 			b = nil
 		}
 	}
-	r := hostio.NewReader(f.host,
+	r := newReader(
 		func() []byte {
 			b = datagramBuffers.Get().(*datagramBuffer)
 			return b[udpHeaderLen:maxUDPLength]
@@ -402,7 +552,7 @@ func (f *udpFlow) readHost() {
 	for alive := true; alive; giveUp() {
 		n, err := r.Read()
 		if n > 0 || err == nil {
-			alive = f.reply(b, n)
+			alive = f.reply(b, n, r.From())
 		}
 		if err != nil && alive {
 			alive = f.readFailed(err)
@@ -410,32 +560,59 @@ func (f *udpFlow) readHost() {
 	}
 }
 
-// reply sends the n bytes of data in b to the guest. It reports whether the flow
-// lives on.
-func (f *udpFlow) reply(b *datagramBuffer, n int) bool {
+// reply sends the n bytes of data in b to the guest, in the name of from if there
+// is a mapping. It reports whether the flow lives on.
+func (f *udpFlow) reply(b *datagramBuffer, n int, from netip.AddrPort) bool {
 	f.mu.Lock()
-	defer f.mu.Unlock()
+	now := time.Now()
+	if f.mapping != nil && !f.gone && !f.mapping.admits(now, from) {
+		f.mu.Unlock()
+		f.stack.count(dropUDPFilter)
+		return true
+	}
 	for f.emitting {
 		f.writable.Wait()
 	}
 	if f.gone {
+		f.mu.Unlock()
 		return false
 	}
-	f.active, f.failures = time.Now(), 0
-	if f.emit(b, n) == errDatagramTooLong {
+	f.failures = 0
+	src, port := f.key.host, f.key.hostPort
+	if f.mapping != nil {
+		src, port = ipAddrFrom(from.Addr()), from.Port()
+	} else {
+		f.active = now
+	}
+	first := !f.answered
+	if first {
+		f.answered = true
+		f.schedule(now)
+	}
+	if f.emit(b, n, src, port) == errDatagramTooLong {
 		f.stack.count(dropUDPTooBig)
+	}
+	f.mu.Unlock()
+	if first {
+		f.stack.keep(f)
 	}
 	return true
 }
 
 // readFailed deals with an error of a read, and reports whether the flow lives on.
+// A socket that is not connected does not tell which datagram an error is about,
+// so the guest is told of none.
 func (f *udpFlow) readFailed(err error) bool {
 	f.mu.Lock()
 	f.failures++
 	over := f.gone || f.failures > maxFailures
 	f.mu.Unlock()
 	if !over {
-		if _, alive := f.failed(err); alive {
+		_, known := datagramAnswer(err)
+		if known && f.mapping != nil {
+			return true
+		}
+		if _, alive := f.failed(err, nil); alive {
 			return true
 		}
 	}
@@ -446,20 +623,21 @@ func (f *udpFlow) readFailed(err error) bool {
 
 // To the guest.
 
-// emit sends the n bytes of data in b to the guest, as one frame or in fragments.
-// The caller holds f.mu, which is released meanwhile, and nobody else is emitting.
-func (f *udpFlow) emit(b *datagramBuffer, n int) error {
+// emit sends the n bytes of data in b to the guest, as one frame or in fragments,
+// from an address and port. The caller holds f.mu, which is released meanwhile, and
+// nobody else is emitting.
+func (f *udpFlow) emit(b *datagramBuffer, n int, from ipAddr, port uint16) error {
 	f.emitting = true
 	l := f.link
 	f.mu.Unlock()
 
 	s, be := f.stack, binary.BigEndian
 	d := b[:udpHeaderLen+n]
-	be.PutUint16(d, f.key.hostPort)
+	be.PutUint16(d, port)
 	be.PutUint16(d[2:], f.key.guestPort)
 	be.PutUint16(d[4:], uint16(len(d)))
 	mem := s.getSlab()
-	err := emitDatagram(&l, f.key.version, protoUDP, f.key.host, f.key.guest, d, s.cfg.MTU, defaultHopLimit,
+	err := emitDatagram(&l, f.key.version, protoUDP, from, f.key.guest, d, s.mtuTo(f.key.guestKey()), defaultHopLimit, &s.fragmentID,
 		func(n int) []byte {
 			frame := mem.room(n)
 			if s.cfg.ReuseFrames {
@@ -479,10 +657,14 @@ func (f *udpFlow) emit(b *datagramBuffer, n int) error {
 // f.mu, which is released meanwhile.
 func (f *udpFlow) emitted() (err error) {
 	for f.owes {
-		l, quote, kind := f.link, append([]byte(nil), f.quote[:f.quoteLen]...), f.owed
+		l, quote, kind, host := f.link, append([]byte(nil), f.quote[:f.quoteLen]...), f.owed, f.host
 		f.owes = false
 		f.mu.Unlock()
-		err = f.stack.sendUnreachable(kind, quote, &l)
+		if kind == unreachableTooBig {
+			err = f.stack.sendTooBig(quote, hostio.PathMTU(host), &l)
+		} else {
+			err = f.stack.sendUnreachable(kind, quote, &l)
+		}
 		f.mu.Lock()
 	}
 	f.emitting = false
@@ -490,13 +672,17 @@ func (f *udpFlow) emitted() (err error) {
 	return err
 }
 
-// report tells the guest that its latest packet did not arrive. It does not wait:
-// if another goroutine hands frames to the Writer, that one sends this one too.
-// The error is that of the Writer.
-func (f *udpFlow) report(kind unreachable) error {
+// report tells the guest that a packet did not arrive: the one that quote is the
+// front of, or its latest if that is nil. It does not wait: if another goroutine
+// hands frames to the Writer, that one sends this one too. The error is that of the
+// Writer.
+func (f *udpFlow) report(kind unreachable, quote []byte) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.owes, f.owed = true, kind
+	if quote != nil {
+		f.keepQuote(quote)
+	}
 	if f.emitting {
 		return nil
 	}
@@ -506,13 +692,42 @@ func (f *udpFlow) report(kind unreachable) error {
 
 // The end of a flow.
 
-// onTimer ends a flow that has been idle for UDPIdleTimeout. Datagrams leave the
-// timer alone: it fires in vain then, and is set again.
+// idleTimeout returns how long the flow may be idle; negative: for ever. The caller
+// holds f.mu.
+func (f *udpFlow) idleTimeout() time.Duration {
+	t := f.stack.cfg.UDPIdleTimeout
+	dns := f.key.hostPort == portDNS
+	if f.mapping != nil {
+		dns = !f.mapping.notDNS
+	}
+	if dns && f.answered && (t < 0 || t > briefIdle) {
+		return briefIdle
+	}
+	return t
+}
+
+// schedule sets the timer for when the flow has been idle for too long. The caller
+// holds f.mu.
+func (f *udpFlow) schedule(now time.Time) {
+	t := f.idleTimeout()
+	if f.gone || t < 0 {
+		return
+	}
+	wait := t - now.Sub(f.active)
+	if f.timer == nil {
+		f.timer = time.AfterFunc(wait, f.onTimer)
+	} else {
+		f.timer.Reset(wait)
+	}
+}
+
+// onTimer ends a flow that has been idle for too long. Datagrams leave the timer
+// alone: it fires in vain then, and is set again.
 func (f *udpFlow) onTimer() {
 	f.mu.Lock()
-	wait := f.stack.cfg.UDPIdleTimeout - time.Since(f.active)
-	if !f.gone && wait > 0 {
-		f.timer.Reset(wait)
+	now := time.Now()
+	if t := f.idleTimeout(); !f.gone && (t < 0 || now.Sub(f.active) < t) {
+		f.schedule(now)
 		f.mu.Unlock()
 		return
 	}
@@ -551,7 +766,14 @@ func (f *udpFlow) leave() (free func()) {
 		f.conn.readable.Broadcast()
 	}
 	f.writable.Broadcast()
-	cancel, host := f.cancel, f.host
+	cancel := f.cancel
+	var host io.Closer
+	switch {
+	case f.mapping != nil:
+		cancel, host = f.mapping.leave(), f.mapping.conn
+	case f.host != nil:
+		host = f.host
+	}
 	return func() {
 		if cancel != nil {
 			cancel()
@@ -563,249 +785,382 @@ func (f *udpFlow) leave() (free func()) {
 	}
 }
 
+// datagram is one datagram of a guest.
+type datagram struct {
+	data []byte
+
+	// With a mapping only.
+	to    netip.AddrPort
+	quote []byte // the front of its packet, for ICMP errors to quote
+}
+
 // datagramQueue holds copies of datagrams, the oldest first. An empty one holds no
 // memory.
 type datagramQueue struct {
-	list [][]byte
-	size int // bytes in list
+	list []datagram
+	size int // bytes of data in list
 }
 
 func (q *datagramQueue) empty() bool { return len(q.list) == 0 }
 
-// push appends a copy of data, unless the queue would have more than so many
-// datagrams or bytes then.
-func (q *datagramQueue) push(data []byte, maxLen, maxSize int) bool {
-	if len(q.list) >= maxLen || q.size+len(data) > maxSize {
+// push appends a copy of d, unless the queue would have more than so many datagrams
+// or bytes then.
+func (q *datagramQueue) push(d *datagram, maxLen, maxSize int) bool {
+	if len(q.list) >= maxLen || q.size+len(d.data) > maxSize {
 		return false
 	}
-	q.list = append(q.list, append([]byte(nil), data...))
-	q.size += len(data)
+	q.list = append(q.list, datagram{data: bytes.Clone(d.data), to: d.to, quote: bytes.Clone(d.quote)})
+	q.size += len(d.data)
 	return true
 }
 
 // pop takes the oldest datagram.
-func (q *datagramQueue) pop() (data []byte, ok bool) {
+func (q *datagramQueue) pop() (d datagram, ok bool) {
 	if len(q.list) == 0 {
-		return nil, false
+		return d, false
 	}
-	data = q.list[0]
-	q.list[0] = nil
+	d = q.list[0]
+	q.list[0] = datagram{}
 	q.list = q.list[1:]
-	q.size -= len(data)
+	q.size -= len(d.data)
 	if len(q.list) == 0 {
 		q.list = nil
 	}
-	return data, true
+	return d, true
 }
 
-// Connections of DialContext.
+// UDPMappingEndpoint: one host socket for all that a guest sends from one address
+// and port. RFC 4787 section 4.1 (REQ-1, the mapping), section 4.3 (REQ-6, what
+// keeps it) and section 5 (REQ-8, who may answer).
 
-// dialUDP opens a UDP flow to a guest of namespace 0. No packet leaves: the guest
-// hears of it with the first Write.
-func (s *Stack) dialUDP(ctx context.Context, network, address string) (net.Conn, error) {
-	key, l, err := s.dialTarget(ctx, network, address)
-	key.proto = protoUDP
-	if err == nil {
-		f := s.newUDPFlow(&key, &l, time.Now())
-		f.conn = &datagramConn{flow: f}
-		f.conn.readable.L = &f.mu
-		if err = s.insertDialedUDP(f); err == nil {
-			return f.conn, nil
+// maxDestinations bounds the destinations of one mapping. The one that the guest has
+// not sent to for the longest time makes way.
+const maxDestinations = 256
+
+// udpMapping is the host's side of a udpFlow that stands for every destination of
+// one guest address and port. Guarded by flow.mu, but what never changes.
+type udpMapping struct {
+	flow *udpFlow
+
+	// conn is nil until a destination is allowed, and then fixed: for a guest that
+	// may go nowhere no socket is opened. Opening says that a goroutine is at it.
+	conn    net.PacketConn
+	opening bool
+
+	destinations map[netip.AddrPort]*destination
+	recent       list.List          // of *destination that are allowed; last, where the guest sent to last
+	peers        map[netip.Addr]int // how many of recent have the address: those that may send
+	notDNS       bool               // a destination had another port than 53
+}
+
+// destination is where a guest sends to through a mapping.
+type destination struct {
+	at     netip.AddrPort
+	place  *list.Element      // in recent; nil until Allow has let it pass
+	last   time.Time          // when the guest sent to it last; valid with place
+	queue  datagramQueue      // until it is allowed and there is a socket
+	cancel context.CancelFunc // ends Allow; nil before and after that
+}
+
+func newUDPMapping(f *udpFlow) *udpMapping {
+	return &udpMapping{
+		flow:         f,
+		destinations: make(map[netip.AddrPort]*destination),
+		peers:        make(map[netip.Addr]int),
+	}
+}
+
+// mapping returns the key of the mapping that a flow goes through.
+func (k *flowKey) mapping() flowKey {
+	m := *k
+	m.host, m.hostPort = ipAddr{}, 0
+	return m
+}
+
+// keyTo returns the key of the flow to a destination.
+func (m *udpMapping) keyTo(at netip.AddrPort) flowKey {
+	key := m.flow.key
+	key.host, key.hostPort = ipAddrFrom(at.Addr()), at.Port()
+	return key
+}
+
+// accept queues a datagram of the guest, or reports that it is to be written to the
+// host at once. If it returns a destination, begin is to be called for that. The
+// caller holds flow.mu.
+func (m *udpMapping) accept(now time.Time, d *datagram) (begin *destination, direct bool) {
+	f, s := m.flow, m.flow.stack
+	m.expire(now)
+	to := m.destinations[d.to]
+	isNew := to == nil
+	if isNew {
+		if len(m.destinations) >= maxDestinations && !m.forgetOldest() {
+			s.count(dropPendingDials)
+			return nil, false
+		}
+		to = &destination{at: d.to}
+		m.destinations[d.to] = to
+		if s.cfg.Allow == nil {
+			m.admit(now, to)
 		}
 	}
-	fail := &net.OpError{Op: "dial", Net: network, Err: err}
-	if to := key.guestEnd(); to.Port() != 0 {
-		fail.Addr = net.UDPAddrFromAddrPort(to)
-	}
-	return nil, fail
-}
-
-// insertDialedUDP enters f in the table under a free port of the stack's, which is
-// not to be guessed (RFC 6056).
-func (s *Stack) insertDialedUDP(f *udpFlow) error {
-	const n = 1<<16 - firstDynamicPort
-	first := rand.IntN(n)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for i := range n {
-		f.key.hostPort = uint16(firstDynamicPort + (first+i)%n)
-		if err := s.insert(&f.key, f); !errors.Is(err, ErrAddressInUse) {
-			return err
+	if to.place != nil {
+		to.last, f.active = now, now
+		m.recent.MoveToBack(to.place)
+		if m.conn != nil {
+			return nil, f.forward(d)
 		}
 	}
-	return ErrAddressInUse
+	if !to.queue.push(d, dialQueueLen, hostQueueSize) {
+		s.count(dropUDPQueue)
+	}
+	if isNew && (to.place == nil || m.opens()) {
+		return to, false
+	}
+	return nil, false
 }
 
-// icmpError takes what an ICMP error says of a datagram of the connection. It
-// reports false if the flow is none of DialContext.
-func (f *udpFlow) icmpError(kind unreachable) bool {
-	if f.conn == nil {
+// opens reports that there is no host socket, and that the caller is the one to open
+// it. The caller holds flow.mu.
+func (m *udpMapping) opens() bool {
+	if m.conn != nil || m.opening {
 		return false
 	}
-	f.mu.Lock()
-	f.conn.failure = kind.errno()
-	f.conn.readable.Broadcast()
-	f.mu.Unlock()
+	m.opening = true
 	return true
 }
 
-// datagramConn is the program's end of a UDP flow with a guest. It is a [net.Conn]
-// that behaves as a connected *net.UDPConn does.
-type datagramConn struct {
-	flow *udpFlow
-
-	// Guarded by flow.mu.
-	closed      bool
-	readable    sync.Cond
-	queue       datagramQueue
-	failure     syscall.Errno // what an ICMP error said; 0: nothing
-	read, write deadline
+// admit has a destination take part: datagrams go there, and its address may send.
+// The caller holds flow.mu.
+func (m *udpMapping) admit(now time.Time, to *destination) {
+	to.place, to.last, to.cancel = m.recent.PushBack(to), now, nil
+	m.peers[to.at.Addr()]++
+	m.flow.active = now
+	m.notDNS = m.notDNS || to.at.Port() != portDNS
 }
 
-// deliver keeps a datagram of the guest for Read. The caller holds flow.mu.
-func (c *datagramConn) deliver(data []byte) {
-	if !c.queue.push(data, connQueueLen, connQueueSize) {
-		c.flow.stack.count(dropUDPQueue)
+// admits reports whether a datagram from there is for the guest: it has sent to that
+// address, whatever the port. "If application transparency is most important, it is
+// RECOMMENDED that a NAT have an "Endpoint-Independent Filtering" behavior. If a more
+// stringent filtering behavior is most important, it is RECOMMENDED that a NAT have an
+// "Address-Dependent Filtering" behavior" (RFC 4787 REQ-8). The caller holds flow.mu.
+func (m *udpMapping) admits(now time.Time, from netip.AddrPort) bool {
+	m.expire(now)
+	return m.peers[from.Addr().Unmap().WithZone("")] > 0
+}
+
+// expire forgets the destinations that the guest has not sent to for
+// UDPIdleTimeout. The caller holds flow.mu.
+func (m *udpMapping) expire(now time.Time) {
+	timeout := m.flow.stack.cfg.UDPIdleTimeout
+	if timeout < 0 || m.conn == nil {
 		return
 	}
-	c.readable.Broadcast()
-}
-
-// Read reads one datagram of the guest, and waits for it if there is none. What
-// does not fit b is lost.
-func (c *datagramConn) Read(b []byte) (int, error) {
-	f := c.flow
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for {
-		if err := c.usable("read", &c.read); err != nil {
-			return 0, c.opError("read", err)
+	for e := m.recent.Front(); e != nil; e = m.recent.Front() {
+		to := e.Value.(*destination)
+		if now.Sub(to.last) < timeout {
+			return
 		}
-		if len(b) == 0 {
-			return 0, nil
-		}
-		if data, ok := c.queue.pop(); ok {
-			return copy(b, data), nil
-		}
-		c.readable.Wait()
+		m.forget(to)
 	}
 }
 
-// Write sends b to the guest as one datagram, and waits while another is given to
-// the Writer, whose error it returns.
-func (c *datagramConn) Write(b []byte) (int, error) {
-	f := c.flow
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for {
-		if err := c.usable("write", &c.write); err != nil {
-			return 0, c.opError("write", err)
-		}
-		if !f.emitting {
-			break
-		}
-		f.writable.Wait()
+// forgetOldest forgets the destination that the guest has not sent to for the longest
+// time, unless all of them wait for Allow. The caller holds flow.mu.
+func (m *udpMapping) forgetOldest() bool {
+	e := m.recent.Front()
+	if e == nil {
+		return false
 	}
-	err := errDatagramTooLong
-	if len(b) <= maxUDPLength-udpHeaderLen {
-		err = c.send(b)
-	}
-	switch err {
-	case nil:
-		return len(b), nil
-	case errDatagramTooLong:
-		err = os.NewSyscallError("write", syscall.EMSGSIZE)
-	}
-	return 0, c.opError("write", err)
+	to := e.Value.(*destination)
+	m.flow.stack.counters[dropUDPQueue].Add(uint64(len(to.queue.list)))
+	m.forget(to)
+	return true
 }
 
-// send sends b to where the guest is now. The caller holds flow.mu, which is
-// released meanwhile, and nobody else is emitting.
-func (c *datagramConn) send(b []byte) error {
-	f := c.flow
-	d := datagramBuffers.Get().(*datagramBuffer)
-	defer datagramBuffers.Put(d)
-	copy(d[udpHeaderLen:], b)
+// forget takes a destination out of the mapping. The caller holds flow.mu.
+func (m *udpMapping) forget(to *destination) {
+	delete(m.destinations, to.at)
+	if to.place == nil {
+		return
+	}
+	m.recent.Remove(to.place)
+	a := to.at.Addr()
+	if m.peers[a]--; m.peers[a] == 0 {
+		delete(m.peers, a)
+	}
+}
 
-	f.emitting = true
-	f.mu.Unlock()
-	l, ok := f.stack.linkTo(f.key.ns, f.key.guest.addr())
-	f.mu.Lock()
+// begin starts the goroutine that asks Allow about a destination and opens the host
+// socket, if there is none. The caller holds no lock.
+func (m *udpMapping) begin(to *destination) {
+	f, s := m.flow, m.flow.stack
+	s.mu.Lock()
+	closed := s.closed.Load()
+	ok := !closed && s.beginDial(f.key.ns)
+	s.mu.Unlock()
 	if ok {
-		f.link = l
+		go m.run(to)
+		return
 	}
-	return f.emit(d, len(b))
-}
-
-// usable returns why nothing can be read or written, if so. What an ICMP error said
-// is returned once. The caller holds flow.mu.
-func (c *datagramConn) usable(op string, d *deadline) error {
+	f.mu.Lock()
 	switch {
-	case c.closed:
-		return net.ErrClosed
-	case c.flow.gone:
-		return ErrStackClosed
-	case d.expired:
-		return os.ErrDeadlineExceeded
-	case c.failure != 0:
-		err := os.NewSyscallError(op, c.failure)
-		c.failure = 0
-		return err
-	}
-	return nil
-}
-
-// Close closes the connection. What was not read is thrown away.
-func (c *datagramConn) Close() error {
-	f := c.flow
-	f.mu.Lock()
-	if c.closed {
+	case closed || f.gone:
 		f.mu.Unlock()
-		return c.opError("close", net.ErrClosed)
+	case to.place == nil:
+		m.refuse(errTooManyDials, to)
+	default:
+		m.refuseWaiting(errTooManyDials)
 	}
-	c.closed = true
-	c.queue = datagramQueue{}
-	c.read.set(time.Time{}, &c.readable)
-	c.write.set(time.Time{}, &f.writable)
-	f.finish()
-	return nil
 }
 
-// LocalAddr returns the stack's end of the flow, a *net.UDPAddr.
-func (c *datagramConn) LocalAddr() net.Addr { return net.UDPAddrFromAddrPort(c.flow.key.hostEnd()) }
+// run is the goroutine of a destination. If it opens the host socket, it goes on as
+// its reader.
+func (m *udpMapping) run(to *destination) {
+	f := m.flow
+	defer f.stack.goroutines.Done()
+	if conn := m.connect(to); conn != nil {
+		f.readHost(func(lend func() []byte, giveUp func()) *hostio.Reader {
+			return hostio.NewPacketReader(conn, lend, giveUp)
+		})
+	}
+}
 
-// RemoteAddr returns the guest's end of the flow, a *net.UDPAddr.
-func (c *datagramConn) RemoteAddr() net.Addr { return net.UDPAddrFromAddrPort(c.flow.key.guestEnd()) }
+// connect asks Allow about a destination, if that is to be asked, and opens the host
+// socket, if that is to be opened. It returns the socket that it has opened.
+func (m *udpMapping) connect(to *destination) net.PacketConn {
+	f, s := m.flow, m.flow.stack
+	defer s.endDial(f.key.ns)
+	key := m.keyTo(to.at)
+	flow := key.flow()
+	ctx, cancel := s.context(flow)
+	defer cancel()
 
-// SetDeadline sets the read and write deadlines.
-func (c *datagramConn) SetDeadline(t time.Time) error { return c.setDeadline(t, true, true) }
-
-// SetReadDeadline sets when Read fails with [os.ErrDeadlineExceeded], now and
-// later; the zero time is never.
-func (c *datagramConn) SetReadDeadline(t time.Time) error { return c.setDeadline(t, true, false) }
-
-// SetWriteDeadline is SetReadDeadline for Write.
-func (c *datagramConn) SetWriteDeadline(t time.Time) error { return c.setDeadline(t, false, true) }
-
-func (c *datagramConn) setDeadline(t time.Time, read, write bool) error {
-	f := c.flow
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	if c.closed {
-		return c.opError("set", net.ErrClosed)
+	if to.place == nil {
+		if m.destinations[to.at] != to {
+			f.mu.Unlock()
+			return nil
+		}
+		to.cancel = cancel
+		f.mu.Unlock()
+		err := s.cfg.Allow(ctx, flow)
+		f.mu.Lock()
+		switch {
+		case m.destinations[to.at] != to:
+			f.mu.Unlock()
+			return nil
+		case err != nil:
+			m.refuse(err, to)
+			return nil
+		}
+		m.admit(time.Now(), to)
+		if m.conn != nil {
+			m.release(to)
+		}
+		if !m.opens() {
+			f.mu.Unlock()
+			s.log("flow opened", &key)
+			return nil
+		}
 	}
-	if read {
-		c.read.set(t, &c.readable)
+	f.cancel = cancel
+	f.mu.Unlock()
+
+	conn, err := s.cfg.ListenPacket(ctx, [...]string{4: "udp4", 6: "udp6"}[f.key.version], ":0")
+	f.mu.Lock()
+	switch {
+	case f.gone:
+		f.mu.Unlock()
+		if err == nil {
+			conn.Close()
+		}
+		return nil
+	case err != nil:
+		m.refuseWaiting(err)
+		return nil
 	}
-	if write {
-		c.write.set(t, &f.writable)
+	s.count(flowsDialed)
+	m.opening, m.conn, f.cancel = false, conn, nil
+	if c, ok := conn.(*net.UDPConn); ok {
+		f.sender = hostio.NewSender(c)
 	}
-	return nil
+	f.active = time.Now()
+	f.schedule(f.active)
+	for e := m.recent.Front(); e != nil; e = e.Next() {
+		m.release(e.Value.(*destination))
+	}
+	f.mu.Unlock()
+	s.log("flow opened", &key)
+	return conn
 }
 
-// opError wraps an error as package net does.
-func (c *datagramConn) opError(op string, err error) error {
-	return &net.OpError{Op: op, Net: "udp", Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: err}
+// release has what waits for a destination written to the host. The caller holds
+// flow.mu.
+func (m *udpMapping) release(to *destination) {
+	for d, ok := to.queue.pop(); ok; d, ok = to.queue.pop() {
+		m.flow.enqueue(&d)
+	}
+	m.flow.startPump()
 }
 
-var _ net.Conn = (*datagramConn)(nil)
+// refuseWaiting ends the attempt to open the host socket, and refuses all that waits
+// for it. It is called with flow.mu held and returns without it.
+func (m *udpMapping) refuseWaiting(err error) {
+	m.opening, m.flow.cancel = false, nil
+	var waiting []*destination
+	for e := m.recent.Front(); e != nil; e = e.Next() {
+		waiting = append(waiting, e.Value.(*destination))
+	}
+	m.refuse(err, waiting...)
+}
+
+// refuse forgets destinations that could not be opened, and the mapping if it has no
+// other. It is called with flow.mu held and returns without it.
+func (m *udpMapping) refuse(err error, list ...*destination) {
+	f, s := m.flow, m.flow.stack
+	for _, to := range list {
+		m.forget(to)
+	}
+	if m.conn == nil && !m.opening && len(m.destinations) == 0 {
+		f.finish()
+	} else {
+		f.mu.Unlock()
+	}
+	for _, to := range list {
+		key := m.keyTo(to.at)
+		s.log("flow refused", &key, "error", err)
+		switch {
+		case errors.Is(err, errTooManyDials):
+			s.count(dropPendingDials)
+			continue
+		case answerTo(err) == silence:
+			s.count(dropPolicy)
+			continue
+		}
+		s.count(flowsRefused)
+		if kind, ok := datagramAnswer(err); ok {
+			f.report(kind, to.queue.list[len(to.queue.list)-1].quote)
+		}
+	}
+}
+
+// leave forgets everything but the socket, and returns what ends the calls of Allow
+// and ListenPacket. The caller holds flow.mu.
+func (m *udpMapping) leave() (cancel func()) {
+	cancels := []func(){}
+	if m.flow.cancel != nil {
+		cancels = append(cancels, m.flow.cancel)
+	}
+	for _, to := range m.destinations {
+		if to.cancel != nil {
+			cancels = append(cancels, to.cancel)
+		}
+	}
+	m.destinations, m.peers = nil, nil
+	m.recent.Init()
+	return func() {
+		for _, cancel := range cancels {
+			cancel()
+		}
+	}
+}

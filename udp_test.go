@@ -49,7 +49,7 @@ func newUDPRig(t testing.TB, fam family, cfg Config) (*udpGuest, *udpHost) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return newUDPGuest(newMachine(t, s), fam.guest, fam.at(53)), h
+	return newUDPGuest(newMachine(t, s), fam.guest, fam.at(7000)), h
 }
 
 // keep keeps the frames that are no ICMP.

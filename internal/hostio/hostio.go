@@ -6,6 +6,7 @@ package hostio
 import (
 	"errors"
 	"net"
+	"net/netip"
 	"os"
 )
 
@@ -41,6 +42,8 @@ func KindOf(err error) Kind {
 // From a *net.UDPConn each read is one datagram, which may be empty.
 type Reader struct {
 	conn   net.Conn
+	packet net.PacketConn // in place of conn
+	from   netip.AddrPort
 	lend   func() []byte
 	giveUp func()
 	raw    rawReader
@@ -55,6 +58,19 @@ func NewReader(conn net.Conn, lend func() []byte, giveUp func()) *Reader {
 	return r
 }
 
+// NewPacketReader is NewReader for a socket that is not connected: From tells
+// who sent what was read.
+func NewPacketReader(conn net.PacketConn, lend func() []byte, giveUp func()) *Reader {
+	r := &Reader{packet: conn, lend: lend, giveUp: giveUp}
+	r.raw.init(r)
+	return r
+}
+
+// From returns the sender of the datagram that Read has returned last, if the
+// Reader is one of NewPacketReader. It is not valid for a sender without an IP
+// address.
+func (r *Reader) From() netip.AddrPort { return r.from }
+
 // Read waits until there is something to read, and reads it into memory that
 // lend has returned: the first n bytes of it are valid, and the loan goes on.
 func (r *Reader) Read() (n int, err error) {
@@ -65,7 +81,15 @@ func (r *Reader) Read() (n int, err error) {
 	if len(p) == 0 {
 		return 0, net.ErrClosed
 	}
-	return r.conn.Read(p)
+	if r.packet == nil {
+		return r.conn.Read(p)
+	}
+	n, from, err := r.packet.ReadFrom(p)
+	r.from = netip.AddrPort{}
+	if a, ok := from.(interface{ AddrPort() netip.AddrPort }); ok && err == nil {
+		r.from = a.AddrPort()
+	}
+	return n, err
 }
 
 // Sender sends datagrams through a socket without ever waiting for room.
@@ -83,4 +107,7 @@ func NewSender(conn net.Conn) *Sender {
 
 // Send sends p as one datagram, which may be empty. It may be called concurrently.
 // The error is of the kind [Full] if there is no room for it now.
-func (s *Sender) Send(p []byte) error { return s.raw.send(p) }
+func (s *Sender) Send(p []byte) error { return s.raw.send(p, netip.AddrPort{}) }
+
+// SendTo is Send for a socket that is not connected.
+func (s *Sender) SendTo(p []byte, to netip.AddrPort) error { return s.raw.send(p, to) }

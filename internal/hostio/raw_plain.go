@@ -2,7 +2,10 @@
 
 package hostio
 
-import "net"
+import (
+	"net"
+	"net/netip"
+)
 
 // rawReader is not to be had here: reads go through net.Conn.
 type rawReader struct{}
@@ -14,5 +17,5 @@ func (r *rawReader) read() (int, error) { panic("unreachable") }
 // rawSender is not to be had either.
 type rawSender struct{}
 
-func (s *rawSender) init(net.Conn) bool  { return false }
-func (s *rawSender) send(p []byte) error { panic("unreachable") }
+func (s *rawSender) init(net.Conn) bool                { return false }
+func (s *rawSender) send([]byte, netip.AddrPort) error { panic("unreachable") }

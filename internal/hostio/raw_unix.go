@@ -5,6 +5,7 @@ package hostio
 import (
 	"io"
 	"net"
+	"net/netip"
 	"sync"
 	"syscall"
 )
@@ -39,11 +40,17 @@ type rawReader struct {
 // change what its bytes mean, so it is read through its own method.
 func (r *rawReader) init(owner *Reader) {
 	var err error
-	switch c := owner.conn.(type) {
+	var conn any = owner.conn
+	if owner.packet != nil {
+		conn = owner.packet
+	}
+	switch c := conn.(type) {
 	case *net.TCPConn:
 		r.conn, err = c.SyscallConn()
 	case *net.UnixConn:
-		r.conn, err = c.SyscallConn()
+		if owner.packet == nil {
+			r.conn, err = c.SyscallConn()
+		}
 	case *net.UDPConn:
 		r.datagram = true
 		r.conn, err = c.SyscallConn()
@@ -72,7 +79,7 @@ func (r *rawReader) try(owner *Reader, fd uintptr) bool {
 		return true
 	}
 	for {
-		n, err := syscall.Read(int(fd), p)
+		n, err := owner.receive(int(fd), p)
 		switch {
 		case err == syscall.EINTR:
 			continue
@@ -90,8 +97,27 @@ func (r *rawReader) try(owner *Reader, fd uintptr) bool {
 	}
 }
 
+// receive reads once.
+func (r *Reader) receive(fd int, p []byte) (n int, err error) {
+	if r.packet == nil {
+		return syscall.Read(fd, p)
+	}
+	n, from, err := syscall.Recvfrom(fd, p, 0)
+	r.from = netip.AddrPort{}
+	switch a := from.(type) {
+	case *syscall.SockaddrInet4:
+		r.from = netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port))
+	case *syscall.SockaddrInet6:
+		r.from = netip.AddrPortFrom(netip.AddrFrom16(a.Addr), uint16(a.Port))
+	}
+	return n, err
+}
+
 // rawSender writes to a socket without waiting.
-type rawSender struct{ conn syscall.RawConn }
+type rawSender struct {
+	conn syscall.RawConn
+	ip6  bool // the socket takes addresses of IPv6
+}
 
 // init prepares for a connection that is a UDP socket. A type that wraps one is
 // written to through its own method.
@@ -102,6 +128,9 @@ func (s *rawSender) init(conn net.Conn) bool {
 	}
 	var err error
 	s.conn, err = c.SyscallConn()
+	if a, ok := c.LocalAddr().(*net.UDPAddr); ok {
+		s.ip6 = a.IP.To4() == nil
+	}
 	return err == nil
 }
 
@@ -109,6 +138,9 @@ func (s *rawSender) init(conn net.Conn) bool {
 // each time.
 type sending struct {
 	p   []byte
+	to  syscall.Sockaddr // ip4 or ip6; nil: where the socket is connected to
+	ip4 syscall.SockaddrInet4
+	ip6 syscall.SockaddrInet6
 	err error
 	try func(fd uintptr) bool
 }
@@ -119,14 +151,27 @@ var sendings = sync.Pool{New: func() any {
 	return w
 }}
 
-func (s *rawSender) send(p []byte) error {
+func (s *rawSender) send(p []byte, to netip.AddrPort) error {
+	a := to.Addr()
+	if a.IsValid() && !s.ip6 && !a.Unmap().Is4() {
+		return syscall.ENETUNREACH
+	}
 	w := sendings.Get().(*sending)
 	w.p, w.err = p, nil
+	switch {
+	case !a.IsValid():
+	case s.ip6:
+		w.ip6.Addr, w.ip6.Port = a.As16(), int(to.Port())
+		w.to = &w.ip6
+	default:
+		w.ip4.Addr, w.ip4.Port = a.As4(), int(to.Port())
+		w.to = &w.ip4
+	}
 	err := s.conn.Write(w.try)
 	if err == nil {
 		err = w.err
 	}
-	w.p, w.err = nil, nil
+	w.p, w.to, w.err = nil, nil, nil
 	sendings.Put(w)
 	return err
 }
@@ -134,7 +179,11 @@ func (s *rawSender) send(p []byte) error {
 // write writes once. It is always done: RawConn would wait otherwise.
 func (w *sending) write(fd uintptr) bool {
 	for {
-		_, w.err = syscall.Write(int(fd), w.p)
+		if w.to == nil {
+			_, w.err = syscall.Write(int(fd), w.p)
+		} else {
+			w.err = syscall.Sendto(int(fd), w.p, 0, w.to)
+		}
 		if w.err != syscall.EINTR {
 			return true
 		}

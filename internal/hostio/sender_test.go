@@ -3,6 +3,8 @@ package hostio
 import (
 	"errors"
 	"net"
+	"net/netip"
+	"runtime"
 	"testing"
 	"time"
 )
@@ -58,4 +60,110 @@ func TestNoSender(t *testing.T) {
 			t.Errorf("a Sender for %T", conn)
 		}
 	}
+}
+
+// Sockets that are not connected: both directions, both families, and a socket of
+// both families.
+func TestPackets(t *testing.T) {
+	for _, test := range []struct{ network, server, client string }{
+		{"udp4", "127.0.0.1:0", "127.0.0.1:0"}, {"udp6", "[::1]:0", "[::1]:0"}, {"udp", "127.0.0.1:0", ":0"}, {"udp", "[::1]:0", ":0"},
+	} {
+		for _, wrapped := range []bool{false, true} {
+			server, err := net.ListenPacket("udp", test.server)
+			if err != nil {
+				t.Skip(err)
+			}
+			defer server.Close()
+			client, err := net.ListenPacket(test.network, test.client)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer client.Close()
+			server.SetDeadline(time.Now().Add(20 * time.Second))
+			client.SetDeadline(time.Now().Add(20 * time.Second))
+			to := server.LocalAddr().(*net.UDPAddr).AddrPort()
+			send := func(p []byte) error {
+				_, err := client.WriteTo(p, net.UDPAddrFromAddrPort(to))
+				return err
+			}
+			if s := NewSender(client.(*net.UDPConn)); s != nil {
+				send = func(p []byte) error { return s.SendTo(p, to) }
+			}
+			var conn net.PacketConn = client
+			if wrapped {
+				conn = struct{ net.PacketConn }{client}
+			}
+			buf := make([]byte, 100)
+			r := NewPacketReader(conn, func() []byte { return buf }, func() {})
+			for _, text := range []string{"hello", "", "world"} {
+				if err := send([]byte(text)); err != nil {
+					t.Fatal(err)
+				}
+				other := make([]byte, 100)
+				n, peer, err := server.ReadFrom(other)
+				if err != nil || string(other[:n]) != text {
+					t.Fatalf("%v: got %q, %v, want %q", test, other[:n], err, text)
+				}
+				if _, err := server.WriteTo(other[:n], peer); err != nil {
+					t.Fatal(err)
+				}
+				n, err = r.Read()
+				from := netip.AddrPortFrom(r.From().Addr().Unmap(), r.From().Port())
+				if err != nil || string(buf[:n]) != text || from != to {
+					t.Fatalf("%v: got %q from %v, %v, want %q from %v", test, buf[:n], from, err, text, to)
+				}
+			}
+			if err := send(make([]byte, 70000)); KindOf(err) != TooLong {
+				t.Errorf("a datagram that is too long: %v", err)
+			}
+			client.Close()
+			if _, err := r.Read(); !errors.Is(err, net.ErrClosed) {
+				t.Errorf("closed: %v", err)
+			}
+			if err := send(nil); !errors.Is(err, net.ErrClosed) {
+				t.Errorf("closed: %v", err)
+			}
+		}
+	}
+}
+
+// A socket does not send to the other family.
+func TestSendToOtherFamily(t *testing.T) {
+	for network, to := range map[string]string{"udp4": "[2001:db8::1]:53", "udp6": "192.0.2.1:53"} {
+		c, err := net.ListenPacket(network, ":0")
+		if err != nil {
+			t.Skip(err)
+		}
+		defer c.Close()
+		s := NewSender(c.(*net.UDPConn))
+		if s == nil {
+			t.Skip("not to be had here")
+		}
+		if err := s.SendTo([]byte("x"), netip.MustParseAddrPort(to)); KindOf(err) != NetUnreachable {
+			t.Errorf("%s to %s: %v", network, to, err)
+		}
+	}
+}
+
+func TestPathMTU(t *testing.T) {
+	for _, address := range []string{"127.0.0.1:9", "[::1]:9"} {
+		conn, err := net.Dial("udp", address)
+		if err != nil {
+			continue // no such family here
+		}
+		mtu := PathMTU(conn)
+		if runtime.GOOS == "linux" && (mtu < 1280 || mtu > 65536) || runtime.GOOS != "linux" && mtu != 0 {
+			t.Errorf("%s: %d", address, mtu)
+		}
+		conn.Close()
+		if mtu := PathMTU(conn); mtu != 0 {
+			t.Errorf("%s, closed: %d", address, mtu)
+		}
+	}
+	a, b := net.Pipe()
+	if PathMTU(a) != 0 || PathMTU(nil) != 0 {
+		t.Error("the path MTU of a pipe")
+	}
+	a.Close()
+	b.Close()
 }

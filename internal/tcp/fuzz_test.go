@@ -114,6 +114,8 @@ func (f *fuzzer) step() {
 	switch op := f.next(); op % 16 {
 	default:
 		f.input(f.segment())
+	case 8:
+		f.PathMTU(f.now, int(f.next())*6, hISS+uint32(f.near(f.snd.una)))
 	case 9:
 		n := f.Write(patterned(fromTCB, f.wrote+1, f.wrote+1+int64(f.next())*40))
 		f.wrote += int64(n)

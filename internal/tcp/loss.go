@@ -15,6 +15,9 @@ import (
 // transmission. Here their order does, which needs no state for what was sent
 // once: offsets tell it. A retransmission notes the offset that was next.
 //
+// What the network has dropped because it was too long is lost too, but without
+// congestion: path MTU discovery, RFC 1191 and 8201, with the check of RFC 5927.
+//
 // One estimate serves all of them: pipe, the bytes that are still in the
 // network (RFC 6675 section 4). Without SACK every duplicate ACK says that one
 // segment has left it. cwnd is therefore never inflated as in RFC 6582; to leave
@@ -340,4 +343,27 @@ func (l *lossState) advance(una, n, mss int64) (ended bool) {
 		l.highRxt, l.rtxDue = una, true
 	}
 	return false
+}
+
+// PathMTU takes the news that the segment that began at seq was too long for the
+// network, which has room for mss bytes of payload and options in one. It reports
+// false, and does nothing, if no such segment is in flight, which is what somebody
+// would have to guess who is not on the way (RFC 5927 section 7.1), or if segments
+// are that short already.
+//
+// What is in flight is sent again, in segments of that size: how it was cut is not
+// remembered. The congestion window stays (RFC 8201 section 5.4): this is no
+// sign of congestion.
+func (t *TCB) PathMTU(now time.Time, mss int, seq uint32) bool {
+	off, size := t.snd.seq.unwrap(seq, t.snd.una), max(int64(mss), mssFloor)
+	if !t.synchronized() || t.state == TimeWait || off < t.snd.una || off >= t.snd.nxt || size >= t.snd.mss {
+		return false
+	}
+	t.snd.mss = size
+	t.loss.enter(phaseRTO, t.snd.una, t.snd.nxt)
+	t.timing = false // Karn
+	t.arm(timerRexmt, now, t.rtt.timeout())
+	t.disarm(timerReorder)
+	t.disarm(timerTail)
+	return true
 }

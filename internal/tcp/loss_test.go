@@ -740,3 +740,100 @@ func TestNoTailLossProbe(t *testing.T) {
 		t.Errorf("sent %s beyond the window", s)
 	}
 }
+
+// T148: what was too long is sent again at once, shorter, and cwnd stays.
+func TestT148PathMTU(t *testing.T) {
+	for _, options := range []string{"", ",sackOK", ",sackOK,ts 1 0"} {
+		h := flight(t, "")
+		if options != "" {
+			h = thousand(t, options)
+			h.write(20_000)
+			h.drain()
+		}
+		cwnd, una, nxt := h.reno.cwnd, h.snd.una, h.snd.nxt
+		// Not in flight, or no news.
+		for _, seq := range []uint32{h.snd.seq.wrap(una - 1), h.snd.seq.wrap(nxt), h.snd.seq.wrap(una + 1<<31), 0x1234567} {
+			if h.PathMTU(h.now, 600, seq) {
+				t.Errorf("%#x is not in flight", seq)
+			}
+		}
+		for _, mss := range []int{1000, 1400} {
+			if h.PathMTU(h.now, mss, h.snd.seq.wrap(una)) {
+				t.Errorf("segments of %d are no news", mss)
+			}
+		}
+		h.pull()
+		h.wantData()
+		if !h.PathMTU(h.now, 600, h.snd.seq.wrap(una+3000)) || h.PathMTU(h.now, 600, h.snd.seq.wrap(una)) {
+			t.Fatal("refused, or taken twice")
+		}
+		h.pull()
+		size := int64(600)
+		if h.timestamps {
+			size -= timestampsLen
+		}
+		// All that was in flight, but for the end if cwnd has no room for a whole
+		// segment by then.
+		var want []string
+		for off := una; off < nxt; off += size {
+			want = append(want, fmt.Sprintf("%d:%d", off, min(off+size, nxt)))
+		}
+		want = want[:len(want)-1]
+		got := h.data()
+		if len(got) < len(want) || !slices.Equal(got[:len(want)], want) {
+			t.Fatalf("sent %v, want %v", got, want)
+		}
+		if h.reno.cwnd != cwnd || h.rtt.backoff != 0 || h.retries != 0 {
+			t.Errorf("cwnd %d, was %d; backoff %d, %d retries", h.reno.cwnd, cwnd, h.rtt.backoff, h.retries)
+		}
+		h.drain()
+		ts := ""
+		if h.timestamps {
+			ts = fmt.Sprintf(" <ts %d 0>", h.tsRecent-hPeerTS)
+		}
+		h.in(fmt.Sprintf(". 1 ack %d%s", nxt, ts))
+		for _, s := range h.data() {
+			var from, to int64
+			fmt.Sscanf(s, "%d:%d", &from, &to)
+			if from < nxt || to-from > size {
+				t.Errorf("after the ACK comes %s", s)
+			}
+		}
+		if h.loss.phase != phaseOpen {
+			t.Errorf("phase %d", h.loss.phase)
+		}
+	}
+}
+
+// T148: only a connection that is established, or was, hears of it.
+func TestT148PathMTUStates(t *testing.T) {
+	h := active(t)
+	if h.PathMTU(h.now, 600, hISS) {
+		t.Error("in SYN-SENT")
+	}
+	h = passive(t, "S 0 <mss 1000>")
+	if h.PathMTU(h.now, 600, hISS) {
+		t.Error("in SYN-RECEIVED")
+	}
+	h = thousand(t, "")
+	h.write(1500)
+	h.closeWrite()
+	h.drain()
+	if !h.PathMTU(h.now, 900, h.snd.seq.wrap(1)) {
+		t.Error("not in FIN-WAIT-1")
+	}
+	h.pull()
+	h.expect(". 1:901 ack 1", "FP. 901:1501 ack 1")
+	h.in(". 1 ack 1502")
+	h.want(FinWait2)
+	h.in("F. 1 ack 1502")
+	h.want(TimeWait)
+	if h.PathMTU(h.now, 600, h.snd.seq.wrap(1501)) {
+		t.Error("in TIME-WAIT")
+	}
+	h = thousand(t, "")
+	h.write(1000)
+	if !h.PathMTU(h.now, 1, h.snd.seq.wrap(1)) || h.PathMTU(h.now, 0, h.snd.seq.wrap(1)) || h.snd.mss != mssFloor {
+		t.Errorf("segments of %d bytes", h.snd.mss)
+	}
+}
