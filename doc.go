@@ -136,7 +136,7 @@
 // ReceiveBuffer and go back when they are empty. Flows, dials under way, and
 // half-open connections are bounded per namespace or listener (see [Config]), and
 // so are connections in TIME-WAIT (4,096 for each namespace), remembered guest addresses
-// (4,096 in all), guests behind a smaller MTU (1,024 in all), and ICMP errors and resets for segments of no connection
+// (4,096 for each namespace), guests behind a smaller MTU (1,024 in all), and ICMP errors and resets for segments of no connection
 // (1,000 a second of each, of which every namespace has 100 that no other takes
 // away). Fragments take up to 1 MiB in all, and those of one
 // namespace up to 512 KiB and 64 packets, for 30 s (IPv4) or 60 s (IPv6). A UDP

@@ -119,9 +119,9 @@ type guestKey struct {
 	version uintptr
 }
 
-// maxGuests bounds the guest addresses that are remembered. A guest may invent
-// as many as it likes; the bound costs a forgotten one no more than the wait for
-// its next packet.
+// maxGuests bounds the guest addresses of a namespace that are remembered. A guest
+// may invent as many as it likes; the bound costs a forgotten one no more than the
+// wait for its next packet.
 const maxGuests = 4096
 
 // learnEvery is how often a flow refreshes the entry of its guest.
@@ -134,13 +134,30 @@ func (s *Stack) learn(key guestKey, l *link) {
 	if s.closed.Load() {
 		return
 	}
-	if _, ok := s.guests[key]; !ok && len(s.guests) >= maxGuests {
-		for old := range s.guests {
-			delete(s.guests, old)
+	guests := s.guests[key.ns]
+	if guests == nil {
+		guests = make(map[guestKey]link)
+		s.guests[key.ns] = guests
+	}
+	if _, ok := guests[key]; !ok && len(guests) >= maxGuests {
+		for old := range guests {
+			delete(guests, old)
 			break
 		}
 	}
-	s.guests[key] = *l
+	guests[key] = *l
+}
+
+// presentLink returns where a guest is: where it last spoke on any flow, or else
+// there where it spoke on this one. A virtual machine that reconnects keeps its
+// flows, those too on which it waits to hear something.
+func (s *Stack) presentLink(key guestKey, l link) link {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if now, ok := s.guests[key.ns][key]; ok {
+		return now
+	}
+	return l
 }
 
 // path is what is known of the way to a guest, behind the MTU of the Stack: a part
@@ -219,7 +236,7 @@ type route struct {
 func (s *Stack) linkTo(ns uintptr, addr netip.Addr) (link, bool) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	if l, ok := s.guests[guestKey{ns, ipAddrFrom(addr), uintptr(versionOf(addr))}]; ok {
+	if l, ok := s.guests[ns][guestKey{ns, ipAddrFrom(addr), uintptr(versionOf(addr))}]; ok {
 		return l, true
 	}
 	var best *route

@@ -342,7 +342,7 @@ func (b *tokenBucket) isFull(now time.Time) bool { return b.full.Load() <= now.U
 //
 // The message must have a right checksum, quote the ports, and name a flow that is
 // there. Its own source does not matter, which may be any router; nor do checksums
-// inside of the quote (RFC 5508 section 4.2).
+// inside of the quote (RFC 5508 section 4.1).
 func (s *Stack) takeError(ns uintptr, p *ipPacket) (took bool, err error) {
 	var q ipPacket
 	kind, unreached := unreachableOf(p)

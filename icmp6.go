@@ -127,7 +127,7 @@ func (s *Stack) replyNeighbor(p *ipPacket, l *link) error {
 // do not send to the solicited-node group of the target.
 func solicitedTarget(p *ipPacket) (target ipAddr, ok bool) {
 	m := p.payload
-	// RFC 6980 section 5: a message "that includes a fragmentation header" is
+	// RFC 6980 section 5: a message that came in fragments, or in an atomic one, is
 	// ignored.
 	if p.fragmented || p.ttl != ndpHopLimit || m[1] != 0 || len(m) < ndpHeaderLen {
 		return target, false

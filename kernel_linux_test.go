@@ -474,6 +474,88 @@ func TestKernelTraceroute(t *testing.T) {
 	})
 }
 
+// TestKernelSmallerPath puts a machine behind the guest, on a link that takes less
+// than the stack's MTU, of which only the guest's kernel knows.
+func TestKernelSmallerPath(t *testing.T) {
+	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
+		inner, err := ring.NewNetNS()
+		r.must(err)
+		t.Cleanup(func() { inner.Close() })
+		address, bits, gateway := netip.MustParseAddr("10.9.0.2"), 24, "10.9.0.1"
+		forward := "/proc/sys/net/ipv4/ip_forward"
+		if r.network == "6" {
+			address, bits, gateway = netip.MustParseAddr("fd09::2"), 64, "fd09::1"
+			forward = "/proc/sys/net/ipv6/conf/all/forwarding"
+		}
+		r.must(r.guest.Veth("veth0", inner, "veth1"))
+		r.must(r.guest.IP(fmt.Sprintf("addr add %s/%d dev veth0 %s", gateway, bits, r.dad), "link set veth0 mtu 1300 up"))
+		r.must(inner.IP(fmt.Sprintf("addr add %v/%d dev veth1 %s", address, bits, r.dad), "link set veth1 up",
+			"route add default via "+gateway))
+		r.must(r.guest.Do(func() error { return os.WriteFile(forward, []byte("1"), 0) }))
+
+		data, err := io.ReadAll(ring.Data(2 << 20))
+		r.must(err)
+		server := r.serve(func(c *net.TCPConn) error {
+			_, err := c.Write(data)
+			return err
+		})
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		defer cancel()
+		c, err := inner.Dial(ctx, new(net.Dialer), "tcp", server)
+		r.must(err)
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(kernelLimit))
+		start := time.Now()
+		got, err := io.ReadAll(c)
+		if err != nil || string(got) != string(data) {
+			t.Errorf("%d of %d bytes: %v", len(got), len(data), err)
+		}
+		t.Log(kernelRate(int64(len(data)), start))
+		if st := r.stack.Stats(); st.PathMTUs == 0 {
+			t.Errorf("%+v", st)
+		}
+
+		// Its datagrams are in fragments that fit: this guest is known by now.
+		u, err := inner.Dial(ctx, new(net.Dialer), "udp", r.serveUDP(netip.AddrPortFrom(r.server, 0).String(), func([]byte) []byte {
+			return data[:1400]
+		}))
+		r.must(err)
+		defer u.Close()
+		u.SetDeadline(time.Now().Add(10 * time.Second))
+		r.must(ring.Exchange(u, "?", string(data[:1400])))
+	})
+}
+
+// TestKernelTooBigForHost has host sockets that do not fragment, and a route of the
+// host that takes 1,400 bytes: the guest's kernel learns of it.
+func TestKernelTooBigForHost(t *testing.T) {
+	var r *kernelRing
+	o := kernelOptions{}
+	o.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+		return r.host.Dial(ctx, &net.Dialer{Control: ring.NoFragments}, network, address)
+	}
+	eachKernel(t, o, func(t *testing.T, guest *kernelRing) {
+		r = guest
+		far, headers := netip.MustParseAddr("198.51.100.9"), 28
+		if r.network == "6" {
+			far, headers = netip.MustParseAddr("2001:db8:1::9"), 48
+		}
+		r.must(r.host.IP(fmt.Sprintf("route add local %v dev lo mtu 1400", far)))
+		if r.network == "6" { // which has no address of its own by such a route
+			r.must(r.host.Do(func() error { return os.WriteFile("/proc/sys/net/ipv6/ip_nonlocal_bind", []byte("1"), 0) }))
+		}
+		c := r.dialUDP(r.serveUDP(netip.AddrPortFrom(far, 0).String(), func(request []byte) []byte { return request }))
+		r.must(ring.Exchange(c, "hello", "hello"))
+		_, err := c.Write(make([]byte, 1500-headers))
+		r.must(err)
+		if _, err = c.Read(make([]byte, 10)); !errors.Is(err, syscall.EMSGSIZE) {
+			t.Errorf("error %v, want EMSGSIZE", err)
+		}
+		fits := strings.Repeat("x", 1400-headers)
+		r.must(ring.Exchange(c, fits, fits))
+	})
+}
+
 func TestKernelManyConnections(t *testing.T) {
 	const conns, size = 200, 256 << 10
 	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {

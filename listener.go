@@ -183,7 +183,7 @@ func (s *Stack) openListener(now time.Time, key *flowKey, seg *tcp.Segment, l *l
 		s.mu.Unlock()
 		return false, nil
 	}
-	evicted, ok := ln.admit(now)
+	evicted, ok := ln.admit(now, key.ns)
 	if ok {
 		err = s.insert(key, c)
 		if err == nil {
@@ -200,8 +200,11 @@ func (s *Stack) openListener(now time.Time, key *flowKey, seg *tcp.Segment, l *l
 		evicted.forget()
 	}
 	if err != nil {
-		if errors.Is(err, ErrTooManyFlows) {
+		switch {
+		case errors.Is(err, ErrTooManyFlows):
 			s.count(dropTooManyFlows)
+		case errors.Is(err, ErrStackClosed):
+			return true, err
 		}
 		return true, nil // the guest sends the SYN again
 	}
@@ -214,18 +217,29 @@ func (s *Stack) openListener(now time.Time, key *flowKey, seg *tcp.Segment, l *l
 const evictAfter = time.Second
 
 // admit reports whether one more handshake may begin, and which one it replaces,
-// if any. Every handshake has its place in the accept queue. The caller holds
-// stack.mu.
-func (l *Listener) admit(now time.Time) (evict *tcpConn, ok bool) {
+// if any. Every handshake has its place in the accept queue. The namespaces do not
+// get into each other's way. The caller holds stack.mu.
+func (l *Listener) admit(now time.Time, ns uintptr) (evict *tcpConn, ok bool) {
 	cfg := &l.stack.cfg
-	if (cfg.Backlog < 0 || len(l.queue)+len(l.halfOpen) < cfg.Backlog) &&
-		(cfg.MaxHalfOpen < 0 || len(l.halfOpen) < cfg.MaxHalfOpen) {
+	halfOpen, waiting := 0, 0
+	for _, c := range l.halfOpen {
+		if c.key.ns == ns {
+			if halfOpen++; halfOpen == 1 {
+				evict = c
+			}
+		}
+	}
+	for _, c := range l.queue {
+		if c.key.ns == ns {
+			waiting++
+		}
+	}
+	if (cfg.Backlog < 0 || waiting+halfOpen < cfg.Backlog) && (cfg.MaxHalfOpen < 0 || halfOpen < cfg.MaxHalfOpen) {
 		return nil, true
 	}
-	if len(l.halfOpen) == 0 || now.Sub(l.halfOpen[0].opened) < evictAfter {
+	if evict == nil || now.Sub(evict.opened) < evictAfter {
 		return nil, false
 	}
-	evict = l.halfOpen[0]
 	evict.leaveListener()
 	return evict, true
 }

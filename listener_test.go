@@ -3,6 +3,7 @@ package slirp
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -1230,4 +1231,46 @@ func TestT142_CloseInEveryState(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestForgetGuests: what one namespace invents makes no other forget its guests.
+func TestForgetGuests(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, _ := newRig(t, Config{})
+		g := m.open(1025, fam.at(80))
+		g.connect() // namespace 0 has spoken
+		time.Sleep(time.Second / 2)
+		w := func([]byte) error { return nil }
+		for i := range 60000 {
+			a := fam.guest.As16()
+			binary.BigEndian.PutUint16(a[13:], uint16(i))
+			src := netip.AddrFrom16(a).Unmap()
+			seg := segment{src: netip.AddrPortFrom(src, 1), dst: fam.at(9), flags: flagA}
+			m.s.HandlePacket(7, m.mac, m.gw, seg.packet(), w)
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		_, err := m.s.DialContext(ctx, "tcp", netip.AddrPortFrom(fam.guest, 22).String())
+		if errors.Is(err, ErrNoRoute) {
+			t.Errorf("after packets of namespace 7: %v", err)
+		}
+	})
+}
+
+// TestFloodOfAnotherNamespace: a flood of SYNs in one namespace leaves the accept
+// queue of every other alone.
+func TestFloodOfAnotherNamespace(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, _ := newRig(t, Config{})
+		l := mustListen(t, m.s, "tcp", fam.at(80).String())
+		w := func([]byte) error { return nil }
+		for i := range 5000 {
+			seg := segment{src: netip.AddrPortFrom(fam.guest, uint16(1024+i)), dst: fam.at(80), flags: flagS, win: 1}
+			m.s.HandlePacket(7, m.mac, m.gw, seg.packet(), w)
+			if i%50 == 0 {
+				m.open(uint16(10000+i), fam.at(80)).connect()
+				mustAccept(t, l).Close()
+			}
+		}
+	})
 }

@@ -133,7 +133,9 @@ func (s *Stack) Close() error {
 		f.endSoon()
 	}
 	for _, c := range draining {
-		s.goroutines.Go(c.resetHost)
+		c.mu.Lock()
+		c.startReset()
+		c.mu.Unlock()
 	}
 	s.goroutines.Wait()
 	return nil
@@ -182,27 +184,64 @@ func (s *Stack) expireFragments() {
 	}
 }
 
-// drain keeps hold of a flow that the table has forgotten while it still writes
-// to its host, so that Close can end that.
+// drainTime is how long the host of a flow that the guest's side has done with may
+// take nothing before it is reset: as long as a peer is given in TCP (RFC 9293
+// section 3.8.3).
+const drainTime = 15 * time.Minute
+
+// drain keeps hold of a flow that the table has forgotten while it still writes to
+// its host: it counts as a flow of its namespace, Close ends it, and so does a host
+// that takes nothing for drainTime.
 func (s *Stack) drain(c *tcpConn) {
 	s.mu.Lock()
-	s.draining[c] = struct{}{}
+	_, known := s.draining[c]
+	if !known {
+		s.draining[c] = struct{}{}
+		if !s.closed.Load() {
+			s.account(c.key.ns).tcp++
+		}
+	}
 	s.mu.Unlock()
 	c.mu.Lock()
-	pumping := c.pumping
+	pumping, written := c.pumping, c.written
+	if pumping && s.closed.Load() {
+		c.startReset()
+	}
 	c.mu.Unlock()
 	if !pumping {
 		s.drained(c)
-	} else if s.closed.Load() {
-		s.goroutines.Go(c.resetHost)
+	} else if !known {
+		time.AfterFunc(drainTime, func() { c.drainTimeout(written) })
+	}
+}
+
+// drainTimeout resets a host that has taken nothing since it had taken written
+// bytes.
+func (c *tcpConn) drainTimeout(written int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case !c.pumping:
+	case c.written == written:
+		c.startReset()
+	default:
+		written = c.written
+		time.AfterFunc(drainTime, func() { c.drainTimeout(written) })
 	}
 }
 
 // drained ends drain.
 func (s *Stack) drained(c *tcpConn) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.draining[c]; !ok {
+		return
+	}
 	delete(s.draining, c)
-	s.mu.Unlock()
+	if !s.closed.Load() { // else the accounts are gone
+		s.account(c.key.ns).tcp--
+		s.release(c.key.ns)
+	}
 }
 
 // limited is a kind of answer that is limited: whoever provokes it may have no

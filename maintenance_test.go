@@ -252,8 +252,8 @@ func TestCloseWhileWriting(t *testing.T) {
 		g.fin()
 		g.expectACK()
 		far.CloseWrite()
-		g.expectFIN() // the flow is over for the guest
-		m.expectFlows(0)
+		g.expectFIN()    // the flow is over for the guest
+		m.expectFlows(1) // but not for the host
 		m.s.Close()
 		far.expectState(t, "reset")
 	})
@@ -569,5 +569,151 @@ func TestDropCounters(t *testing.T) {
 		time.Sleep(500 * time.Millisecond)
 		m.setHook(func([]byte) error { return errors.New("lost") })
 		step("DropWriter", func(s Stats) uint64 { return s.DropWriter }, refPacket(fam.guest, fam.server, icmpProto, ping, 2), stray.packet(), syn.packet())
+	})
+}
+
+// TestCloseIsNoEOF: what was not read is lost with the Stack, and does not look like
+// the end of the data.
+func TestCloseIsNoEOF(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, _ := newRig(t, Config{})
+		l := mustListen(t, m.s, "tcp", fam.at(80).String())
+		g := m.open(1025, fam.at(80))
+		g.connect()
+		c := mustAccept(t, l)
+		g.data("hello")
+		g.fin()
+		synctest.Wait()
+		m.s.Close()
+		b, err := io.ReadAll(c)
+		if err == nil && string(b) != "hello" {
+			t.Errorf("ReadAll %q, %v: a truncated stream ends like a whole one", b, err)
+		}
+	})
+}
+
+// gatedHost is a host connection whose Write and SetLinger wait for gates.
+type gatedHost struct {
+	net.Conn
+	write, linger chan struct{}
+	log           func(string)
+	once          sync.Once
+	closed        chan struct{}
+}
+
+func (c *gatedHost) Read(b []byte) (int, error) { <-c.closed; return 0, net.ErrClosed }
+func (c *gatedHost) Write(b []byte) (int, error) {
+	select {
+	case <-c.write:
+		c.log("write " + string(b))
+		return len(b), nil
+	case <-c.closed:
+		return 0, net.ErrClosed
+	}
+}
+func (c *gatedHost) SetLinger(int) error { <-c.linger; c.log("linger0"); return nil }
+func (c *gatedHost) CloseWrite() error   { c.log("FIN"); return nil }
+func (c *gatedHost) Close() error        { c.once.Do(func() { c.log("close"); close(c.closed) }); return nil }
+
+// TestCloseIsNoFINToHost is TestCloseIsNoEOF on the host's side of a NAT flow.
+func TestCloseIsNoFINToHost(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, h := newRig(t, Config{})
+		var mu sync.Mutex
+		var events []string
+		host := &gatedHost{write: make(chan struct{}), linger: make(chan struct{}), closed: make(chan struct{}),
+			log: func(s string) { mu.Lock(); events = append(events, s); mu.Unlock() }}
+		h.setDial(func(context.Context, Flow) (net.Conn, error) { return host, nil })
+		g := m.open(1025, fam.at(80))
+		g.connect()
+		g.data("one")
+		synctest.Wait() // pump is in Write("one")
+		g.data("two")
+		g.fin()
+		synctest.Wait()
+		go m.s.Close()
+		synctest.Wait()          // Abort has dropped "two"; resetHost waits in SetLinger
+		host.write <- struct{}{} // the Write under way succeeds meanwhile
+		synctest.Wait()
+		close(host.linger)
+		synctest.Wait()
+		mu.Lock()
+		defer mu.Unlock()
+		resets := 0
+		for _, e := range events {
+			if e == "linger0" {
+				resets++
+			}
+			if e == "FIN" {
+				t.Errorf("the host sees a clean end after a part of the data: %v", events)
+			}
+		}
+		if resets != 1 {
+			t.Errorf("the host connection was reset %d times", resets)
+		}
+	})
+}
+
+// TestDrainingFlowsCount: a flow whose host does not read is over for the guest, but
+// counts until the host has taken everything, or has taken nothing for drainTime.
+func TestDrainingFlowsCount(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, h := newRig(t, Config{MaxTCPFlows: 4})
+		h.buffer = 1
+		for i := range uint16(4) {
+			g := m.open(1025+i, fam.at(80))
+			g.connect()
+			h.accept().CloseWrite()
+			g.expectFIN()
+			g.say("P.", pattern(1000)...)
+			g.fin()
+			synctest.Wait()
+			g.drop()
+		}
+		time.Sleep(2 * time.Minute) // TIME-WAIT is over
+		m.expectFlows(4)
+		m.open(2000, fam.at(80)).syn()
+		if n := m.s.Stats().DropTooManyFlows; n != 1 {
+			t.Errorf("%d flows too many, want 1", n)
+		}
+		time.Sleep(drainTime)
+		m.expectFlows(0)
+	})
+}
+
+// TestDefaultLimits reaches the limits of a Config that does not set them.
+func TestDefaultLimits(t *testing.T) {
+	flood := func(m *machine, n int, to netip.AddrPort, udp bool) {
+		for i := range n {
+			g := m.open(uint16(1+i), to)
+			if udp {
+				m.send(udpPacket(g.id.guest, to, nil))
+			} else {
+				g.syn()
+			}
+		}
+		synctest.Wait()
+	}
+	inBubble(t, func(t *testing.T, fam family) {
+		m, h := newRig(t, Config{Backlog: -1})
+		h.setDial(func(ctx context.Context, _ Flow) (net.Conn, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		})
+		mustListen(t, m.s, "tcp", fam.at(443).String())
+		flood(m, 300, fam.at(443), false)
+		flood(m, 300, fam.at(80), false)
+		if st := m.s.Stats(); st.DropNoAcceptSlot != 300-256 || st.PendingDials != 256 || st.DropPendingDials != 300-256 {
+			t.Errorf("half-open and pending dials: %+v", st)
+		}
+	})
+	inBubble(t, func(t *testing.T, fam family) {
+		m, _ := newRig(t, Config{Backlog: -1, MaxHalfOpen: -1, MaxPendingDials: -1})
+		mustListen(t, m.s, "tcp", fam.at(443).String())
+		flood(m, 16384+10, fam.at(443), false)
+		flood(m, 4096+10, fam.at(53), true)
+		if st := m.s.Stats(); st.TCPFlows != 16384 || st.UDPFlows != 4096 || st.DropTooManyFlows != 20 {
+			t.Errorf("flows: %+v", st)
+		}
 	})
 }

@@ -755,7 +755,6 @@ func TestS42_Land(t *testing.T) {
 
 // TestS42_LandUDP is the same with datagrams.
 func TestS42_LandUDP(t *testing.T) {
-	fails(t, "S42")
 	udpInBubble(t, Config{}, func(t *testing.T, fam family, g *udpGuest, h *udpHost) {
 		for _, addr := range []netip.Addr{fam.server, fam.stack, fam.guest} {
 			at := netip.AddrPortFrom(addr, 80)
@@ -1030,7 +1029,6 @@ func TestS54_Log(t *testing.T) {
 
 // TestS54_LogRate has a guest that is refused a thousand times a second.
 func TestS54_LogRate(t *testing.T) {
-	fails(t, "S54")
 	inBubble(t, func(t *testing.T, fam family) {
 		log := &countLog{count: make(map[string]int)}
 		m, h := newRig(t, Config{Logger: slog.New(log)})

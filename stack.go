@@ -50,7 +50,8 @@ var (
 // are handed over in order, one at a time; frames of different flows are handed
 // over concurrently, from any goroutine. No lock is held during the call, so a
 // Writer may call [Stack.HandlePacket] of this or of another Stack, and one that
-// blocks delays its own flow only. The Writer owns the frame unless
+// blocks delays its own flow only. It must not call [Stack.Close], which waits for
+// it. The Writer owns the frame unless
 // [Config.ReuseFrames] is set. An error means that this frame was lost.
 type Writer func(frame []byte) error
 
@@ -123,7 +124,8 @@ type Config struct {
 	Addresses []netip.Addr
 
 	// MaxTCPFlows bounds the TCP flows of one namespace, those in TIME-WAIT
-	// apart. Default 16384; negative: no limit.
+	// apart. Beyond it a SYN for the host is answered with an ICMP "administratively
+	// prohibited", one for a listener not at all. Default 16384; negative: no limit.
 	MaxTCPFlows int
 
 	// MaxUDPFlows bounds the UDP flows of one namespace; with
@@ -137,12 +139,14 @@ type Config struct {
 	// it again. Default 256; negative: no limit.
 	MaxPendingDials int
 
-	// MaxHalfOpen bounds the connections of one listener whose handshake has
-	// not ended. The oldest makes way for a new one. Default 256; negative: no limit.
+	// MaxHalfOpen bounds the connections of one listener and namespace whose
+	// handshake has not ended. The oldest makes way for a new one when it is a
+	// second old. Each has its place in the backlog, so it counts where that is
+	// longer. Default 256; negative: no limit.
 	MaxHalfOpen int
 
-	// Backlog bounds the connections of one listener that wait for Accept or
-	// are on their way there: without a free place a SYN gets no answer.
+	// Backlog bounds the connections of one listener and namespace that wait for
+	// Accept or are on their way there: without a free place a SYN gets no answer.
 	// Default 128; negative: no limit.
 	Backlog int
 
@@ -178,7 +182,7 @@ type Config struct {
 	ReuseFrames bool
 
 	// Logger is told of flows that are opened, refused and closed, at debug
-	// level, never per packet. Nil logs nothing.
+	// level, never per packet, and of each at most ten times a second. Nil logs nothing.
 	Logger *slog.Logger
 }
 
@@ -317,6 +321,7 @@ type Stack struct {
 	counters   counters
 	limits     [numLimited]tokenBucket
 	fragmentID fragmentIDs
+	logLimits  [numFlowNews]tokenBucket
 	slabs      sync.Pool      // of *slab
 	goroutines sync.WaitGroup // that Close waits for
 	closed     atomic.Bool    // set under mu
@@ -326,10 +331,10 @@ type Stack struct {
 	flows       map[flowKey]flow
 	accounts    map[uintptr]*account
 	listeners   map[listenKey]*Listener
-	guests      map[guestKey]link
-	shares      map[uintptr]*share // of the limits
-	sweepShares int                // how many shares there are when those without use are forgotten
-	paths       map[guestKey]path  // where packets must be shorter than the MTU
+	guests      map[uintptr]map[guestKey]link // by namespace
+	shares      map[uintptr]*share            // of the limits
+	sweepShares int                           // how many shares there are when those without use are forgotten
+	paths       map[guestKey]path             // where packets must be shorter than the MTU
 	routes      map[uintptr][]route
 	draining    map[*tcpConn]struct{} // gone from flows, still writing to their hosts
 
@@ -361,7 +366,7 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 		flows:     make(map[flowKey]flow),
 		accounts:  make(map[uintptr]*account),
 		listeners: make(map[listenKey]*Listener),
-		guests:    make(map[guestKey]link),
+		guests:    make(map[uintptr]map[guestKey]link),
 		paths:     make(map[guestKey]path),
 		shares:    make(map[uintptr]*share),
 		routes:    make(map[uintptr][]route),
@@ -445,8 +450,8 @@ func (s *Stack) handleTransport(ns uintptr, p *ipPacket, l *link) error {
 // endsHere reports whether a packet goes no further than the Stack: to one of its
 // own addresses, to a listener, to an address of the guest's own link, or to more
 // than one host. Everything else is behind it, one hop away, and does not get
-// there with a TTL or hop limit of 1: "If the resulting TTL is zero […] the packet
-// must be discarded" (RFC 1812 section 5.3.1; RFC 8200 section 3).
+// there with a TTL or hop limit of 1: one that is 0 after a hop ends the packet (RFC
+// 1812 section 5.3.1, RFC 8200 section 3).
 //
 // Deviation: a TTL of 0 passes, which nobody may send. There are guests without a
 // network stack of their own whose packets have it.
@@ -591,11 +596,32 @@ func (s *Stack) newFrame(n int) []byte {
 	return f
 }
 
+// flowNews is what happens to a flow.
+type flowNews uint8
+
+const (
+	flowOpened flowNews = iota
+	flowRefused
+	flowClosed
+	numFlowNews
+)
+
+func (n flowNews) String() string {
+	return [...]string{"flow opened", "flow refused", "flow closed"}[n]
+}
+
+// The logger is told each news at most ten times a second, after a burst of ten: a
+// guest makes as many flows as it likes.
+const (
+	logInterval = time.Second / 10
+	logBurst    = 10
+)
+
 // log tells the logger, if there is one, what happened to a flow.
-func (s *Stack) log(what string, key *flowKey, args ...any) {
-	if s.cfg.Logger != nil {
+func (s *Stack) log(what flowNews, key *flowKey, args ...any) {
+	if s.cfg.Logger != nil && s.logLimits[what].takeEvery(time.Now(), int64(logInterval), logBurst) {
 		f := key.flow()
-		s.cfg.Logger.Debug(what, append(args, "namespace", f.Namespace, "network", f.Network,
+		s.cfg.Logger.Debug(what.String(), append(args, "namespace", f.Namespace, "network", f.Network,
 			"guest", f.Source, "host", f.Destination)...)
 	}
 }

@@ -87,7 +87,8 @@ func (s *Stack) sendSegment(key *flowKey, seg *tcp.Segment, l *link) error {
 
 // tcbConfig returns the settings of a connection that begins now. The initial
 // sequence number is that of RFC 6528 section 3, above that of the connection it
-// replaces (RFC 6191); the timestamp offset is that of RFC 7323 section 5.4.
+// replaces (RFC 6191). The timestamps begin at an offset that nobody can guess (RFC
+// 7323 section 5.4), and go on where those of an older connection have stopped.
 func (s *Stack) tcbConfig(key *flowKey, now time.Time, old *tcpConn) tcp.Config {
 	b := make([]byte, 0, 128)
 	b = append(b, s.isnSecret[:]...)
@@ -105,7 +106,7 @@ func (s *Stack) tcbConfig(key *flowKey, now time.Time, old *tcpConn) tcp.Config 
 		LocalPort: key.hostPort, RemotePort: key.guestPort,
 		MSS: transportMSS(key.version, s.cfg.MTU), DefaultMSS: defaultMSS(key.version),
 		SendBuffer: s.cfg.SendBuffer, ReceiveBuffer: s.cfg.ReceiveBuffer,
-		ISS: iss, TSOffset: binary.BigEndian.Uint32(h[4:]),
+		ISS: iss, TSOffset: binary.BigEndian.Uint32(h[4:]) + uint32(now.Sub(s.epoch)/time.Millisecond),
 	}
 	if s.cfg.TCPIdleTimeout > 0 {
 		cfg.KeepAlive = tcp.KeepAlive{Idle: s.cfg.TCPIdleTimeout, Interval: maintenanceInterval, Count: 3}
@@ -215,9 +216,9 @@ func (c *tcpConn) run(ctx context.Context) {
 	host, err := s.connect(ctx, c.key.flow())
 	s.endDial(c.key.ns)
 	if err != nil {
-		s.log("flow refused", &c.key, "error", err)
+		s.log(flowRefused, &c.key, "error", err)
 	} else {
-		s.log("flow opened", &c.key)
+		s.log(flowOpened, &c.key)
 	}
 	now := time.Now()
 	cfg := s.tcbConfig(&c.key, now, c.opening.old)
@@ -426,6 +427,7 @@ func (c *tcpConn) pump() {
 		var n int
 		n, err = c.host.Write(p)
 		c.mu.Lock()
+		c.written += int64(n)
 		c.tcb.Discard(n)
 		if err != nil {
 			c.hostFailed()
@@ -480,8 +482,17 @@ func (c *tcpConn) hostFailed() {
 	time.AfterFunc(failGrace, c.giveUp)
 }
 
-// resetHost resets the host connection, as the guest's side was. It is called
-// without a lock, and not on the packet path: what Dial has returned may block.
+// startReset has the host connection reset, once. It is called with c.mu held.
+func (c *tcpConn) startReset() {
+	if c.host == nil || c.resetting {
+		return
+	}
+	c.resetting = true
+	c.stack.goroutines.Go(c.resetHost)
+}
+
+// resetHost resets the host connection, as the guest's side was. It has a
+// goroutine of its own: what Dial has returned may block.
 func (c *tcpConn) resetHost() {
 	if h, ok := c.host.(interface{ SetLinger(int) error }); ok {
 		h.SetLinger(0)

@@ -46,6 +46,8 @@ type tcpConn struct {
 	writeDone   bool     // nothing more is written to host
 	writeErr    bool     // host takes no more bytes
 	closedWhole bool     // host, which has no CloseWrite, was closed for want of it
+	resetting   bool     // host is being reset
+	written     int64    // bytes that host has taken
 }
 
 // newTCPConn returns a flow that is not in the table yet.
@@ -121,8 +123,11 @@ func (c *tcpConn) emit(now time.Time) (first error) {
 		if n == 0 {
 			break
 		}
-		l := c.link
+		l, stale := c.link, now.Sub(c.learned) >= learnEvery
 		c.mu.Unlock()
+		if stale {
+			l = s.presentLink(c.key.guestKey(), l)
+		}
 		frame := buf[: hl+n : hl+n]
 		if !s.cfg.ReuseFrames {
 			frame = b.cut(hl + n)
@@ -210,8 +215,8 @@ func (c *tcpConn) onTimer() {
 func (c *tcpConn) wake(ev tcp.Events) {
 	if ev&tcp.EventClosed != 0 {
 		c.gone = true
-		if c.host != nil && c.tcb.Reason() != tcp.None {
-			c.stack.goroutines.Go(c.resetHost)
+		if c.tcb.Reason() != tcp.None {
+			c.startReset()
 		}
 	}
 	if ev&tcp.EventReadable != 0 {
@@ -237,7 +242,7 @@ func (c *tcpConn) react(ev tcp.Events, reason tcp.Reason, unread bool) {
 		c.unread = unread
 		s.removeLocked(&c.key, c)
 		s.mu.Unlock()
-		s.log("flow closed", &c.key, "reason", reason)
+		s.log(flowClosed, &c.key, "reason", reason)
 	}
 }
 

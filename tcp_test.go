@@ -12,6 +12,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -774,6 +775,7 @@ func TestTimeWaitReuse(t *testing.T) {
 		}
 		g.data("hello")
 		expectText(t, far, "hello")
+		synctest.Wait() // until the old connection's host was told of the end
 		if st := m.s.Stats(); st.TimeWait != 0 || st.TCPFlows != 1 {
 			t.Errorf("%d in TIME-WAIT, %d flows", st.TimeWait, st.TCPFlows)
 		}
@@ -1707,6 +1709,93 @@ func TestT146_ICMPAboutLiveFlow(t *testing.T) {
 		got := append(seg.payload, g.takeLossy(len(down)-len(seg.payload))...)
 		if !bytes.Equal(got, down) {
 			t.Error("data differs")
+		}
+	})
+}
+
+// TestOneSegmentAndFINAfterLostSYNACK: cwnd is one segment after a lost SYN-ACK; a
+// FIN behind exactly one segment does not hold it back.
+func TestOneSegmentAndFINAfterLostSYNACK(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, h := newRig(t, Config{})
+		lost := false
+		m.setHook(func(f []byte) error {
+			if !lost {
+				lost = true
+				return errors.New("lost")
+			}
+			return nil
+		})
+		g := m.open(1025, fam.at(80))
+		g.syn()
+		far := h.accept()
+		far.Write(pattern(fam.mss))
+		far.CloseWrite()
+		g.expect("S.")
+		g.ack()
+		start, probes := time.Now(), 0
+		for {
+			seg, ok := g.next(10 * time.Minute)
+			if !ok {
+				t.Fatalf("no data in %v", time.Since(start))
+			}
+			if len(seg.payload) > 0 {
+				return
+			}
+			g.ack() // alive
+			if probes++; probes > 20 {
+				t.Fatalf("no data in %v, but %d keep-alive probes, all answered; flows %d", time.Since(start), probes, m.s.Stats().TCPFlows)
+			}
+		}
+	})
+}
+
+// TestReconnect: a virtual machine that reconnects hears on its old flows what it
+// waits for, through the Writer of its latest packet.
+func TestReconnect(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, h := newRig(t, Config{})
+		g := m.open(1025, fam.at(80))
+		g.connect()
+		far := h.accept()
+		time.Sleep(5 * time.Second)
+		// The VM reconnects: another Writer. Its first packets are of other flows.
+		var frames atomic.Int32
+		w := func(f []byte) error { frames.Add(1); return nil }
+		seg := segment{src: netip.AddrPortFrom(fam.guest, 2000), dst: fam.at(81), seq: 5, flags: flagS, win: 1000}
+		m.setHook(func([]byte) error { return errors.New("gone") })
+		if err := m.s.HandlePacket(0, m.mac, m.gw, seg.packet(), w); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		before := frames.Load()
+		if before == 0 {
+			t.Fatal("no SYN-ACK")
+		}
+		// silence that other flow
+		rst := segment{src: netip.AddrPortFrom(fam.guest, 2000), dst: fam.at(81), seq: 6, flags: flagR, win: 1000}
+		m.s.HandlePacket(0, m.mac, m.gw, rst.packet(), w)
+		synctest.Wait()
+		before = frames.Load()
+		putText(t, far, "news")
+		time.Sleep(time.Minute)
+		if n := frames.Load() - before; n == 0 {
+			t.Errorf("the data of the flow went %d times to the Writer that is gone, never to the guest's present one", m.s.Stats().DropWriter)
+		}
+	})
+}
+
+// TestTimestampsGoOn: the next connection of the same addresses and ports does not
+// begin with an older timestamp (RFC 6191).
+func TestTimestampsGoOn(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, _ := newRig(t, Config{})
+		key := &flowKey{0, ipAddrFrom(fam.guest), ipAddrFrom(fam.stack), 22, 50000, protoTCP, uint16(fam.version)}
+		first := m.s.tcbConfig(key, time.Now(), nil)
+		time.Sleep(10 * time.Second)
+		second := m.s.tcbConfig(key, time.Now(), nil)
+		if int32(second.TSOffset-(first.TSOffset+10000)) < 0 {
+			t.Error("the next connection of the same addresses and ports begins with an older timestamp")
 		}
 	})
 }

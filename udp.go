@@ -66,7 +66,7 @@ func (s *Stack) handleUDP(ns uintptr, p *ipPacket, l *link) error {
 	case key.guestPort == 0 || key.hostPort == 0:
 		s.count(dropPort)
 		return nil
-	case !p.src.isUnicast() || !p.dst.isUnicast():
+	case !p.src.isUnicast() || !p.dst.isUnicast() || p.src == p.dst && key.guestPort == key.hostPort:
 		s.count(dropAddress)
 		return nil
 	}
@@ -469,14 +469,14 @@ func (f *udpFlow) run() {
 	f.mu.Unlock()
 	switch {
 	case err == nil && !gone:
-		s.log("flow opened", &f.key)
+		s.log(flowOpened, &f.key)
 		f.readHost(func(lend func() []byte, giveUp func()) *hostio.Reader {
 			return hostio.NewReader(host, lend, giveUp)
 		})
 	case err == nil:
 		host.Close()
 	case !gone:
-		s.log("flow refused", &f.key, "error", err)
+		s.log(flowRefused, &f.key, "error", err)
 		f.refuse(err)
 	}
 }
@@ -628,10 +628,13 @@ func (f *udpFlow) readFailed(err error) bool {
 // nobody else is emitting.
 func (f *udpFlow) emit(b *datagramBuffer, n int, from ipAddr, port uint16) error {
 	f.emitting = true
-	l := f.link
+	l, stale := f.link, time.Since(f.learned) >= learnEvery
 	f.mu.Unlock()
 
 	s, be := f.stack, binary.BigEndian
+	if stale {
+		l = s.presentLink(f.key.guestKey(), l)
+	}
 	d := b[:udpHeaderLen+n]
 	be.PutUint16(d, port)
 	be.PutUint16(d[2:], f.key.guestPort)
@@ -780,7 +783,7 @@ func (f *udpFlow) leave() (free func()) {
 		}
 		if host != nil {
 			host.Close()
-			f.stack.log("flow closed", &f.key)
+			f.stack.log(flowClosed, &f.key)
 		}
 	}
 }
@@ -1059,7 +1062,7 @@ func (m *udpMapping) connect(to *destination) net.PacketConn {
 		}
 		if !m.opens() {
 			f.mu.Unlock()
-			s.log("flow opened", &key)
+			s.log(flowOpened, &key)
 			return nil
 		}
 	}
@@ -1090,7 +1093,7 @@ func (m *udpMapping) connect(to *destination) net.PacketConn {
 		m.release(e.Value.(*destination))
 	}
 	f.mu.Unlock()
-	s.log("flow opened", &key)
+	s.log(flowOpened, &key)
 	return conn
 }
 
@@ -1128,7 +1131,7 @@ func (m *udpMapping) refuse(err error, list ...*destination) {
 	}
 	for _, to := range list {
 		key := m.keyTo(to.at)
-		s.log("flow refused", &key, "error", err)
+		s.log(flowRefused, &key, "error", err)
 		switch {
 		case errors.Is(err, errTooManyDials):
 			s.count(dropPendingDials)

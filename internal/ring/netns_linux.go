@@ -95,6 +95,12 @@ func (ns *NetNS) IP(commands ...string) error {
 	return ns.Run(cmd)
 }
 
+// Veth joins the namespace to another one with a pair of devices.
+func (ns *NetNS) Veth(name string, peer *NetNS, peerName string) error {
+	return ns.IP(fmt.Sprintf("link add %s type veth peer name %s netns /proc/%d/fd/%d",
+		name, peerName, os.Getpid(), peer.file.Fd()))
+}
+
 // TAP makes a TAP device in the namespace. Each Read and Write of the file is
 // one Ethernet frame; the device goes when the file is closed.
 func (ns *NetNS) TAP(name string) (file *os.File, err error) {
@@ -163,6 +169,24 @@ func ReceiveErrors(network, _ string, c syscall.RawConn) error {
 	var err error
 	failed := c.Control(func(fd uintptr) {
 		err = unix.SetsockoptInt(int(fd), level, option, 1)
+	})
+	return errors.Join(failed, err)
+}
+
+// NoFragments is a [net.Dialer.Control] that forbids to fragment what a datagram
+// socket sends: what does not fit fails.
+func NoFragments(network, _ string, c syscall.RawConn) error {
+	level, option := unix.IPPROTO_IP, unix.IP_MTU_DISCOVER
+	switch network {
+	case "udp4":
+	case "udp6":
+		level, option = unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER
+	default:
+		return nil
+	}
+	var err error
+	failed := c.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), level, option, unix.IP_PMTUDISC_DO)
 	})
 	return errors.Join(failed, err)
 }

@@ -348,7 +348,7 @@ func (l *lossState) advance(una, n, mss int64) (ended bool) {
 // PathMTU takes the news that the segment that began at seq was too long for the
 // network, which has room for mss bytes of payload and options in one. It reports
 // false, and does nothing, if no such segment is in flight, which is what somebody
-// would have to guess who is not on the way (RFC 5927 section 7.1), or if segments
+// would have to guess who is not on the way (RFC 5927 sections 4.1 and 7), or if segments
 // are that short already.
 //
 // What is in flight is sent again, in segments of that size: how it was cut is not

@@ -180,7 +180,7 @@ func (t *TCB) newData(now time.Time, room int64) (span, bool) {
 	if s.start == s.end {
 		return span{}, false
 	}
-	if s.end-s.start > room {
+	if max(n, 1) > room { // a FIN goes with the data, even where cwnd is full
 		if nxt > t.snd.una || now.Sub(t.lastSend) < t.rtt.timeout() {
 			t.limitedAt = nxt
 		}

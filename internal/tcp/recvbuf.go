@@ -77,14 +77,8 @@ func (b *recvBuf) store(off int64, p []byte) {
 
 // absorb moves what has become contiguous from ooo to the readable bytes.
 func (b *recvBuf) absorb() {
-	if s := b.ooo[0]; s.start <= b.nxt {
-		b.nxt = max(b.nxt, s.end)
-	}
-	b.ooo.removeBefore(b.nxt)
-	// add merges spans that touch, so at most one span met the new edge... unless
-	// the segment covered several.
 	for len(b.ooo) > 0 && b.ooo[0].start <= b.nxt {
-		b.nxt = b.ooo[0].end
+		b.nxt = max(b.nxt, b.ooo[0].end)
 		b.ooo.removeBefore(b.nxt)
 	}
 }

@@ -405,6 +405,9 @@ func (t *TCB) close(r Reason) {
 	t.timers = [numTimers]time.Time{}
 	t.sendBuf.drop()
 	if r == Aborted {
+		if t.Buffered() > 0 {
+			t.rcv.fin = 0 // what is lost must not look like the end
+		}
 		t.recvBuf.drop()
 	}
 	t.recvBuf.ooo = nil

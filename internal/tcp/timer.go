@@ -151,12 +151,12 @@ func (t *TCB) armTail(now time.Time) {
 		return
 	}
 	d := (2*t.rtt.srtt + tailSlack) << l.probes
-	lone := t.snd.nxt-t.snd.una <= t.mss()
-	if l.phase != phaseOpen || l.tailEnd != 0 || lone {
-		quick := l.phase != phaseOpen || !lone || t.snd.una-l.everRxt < quickAcks*t.mss()
-		if !quick || d > t.rtt.rto/4 {
-			return
-		}
+	lone := l.phase == phaseOpen && t.snd.nxt-t.snd.una <= t.mss()
+	if lone && t.snd.una-l.everRxt >= quickAcks*t.mss() {
+		return
+	}
+	if (lone || l.phase != phaseOpen || l.tailEnd != 0 || l.probes > 0) && d > t.rtt.rto/4 {
+		return
 	}
 	if at := now.Add(d); at.Before(t.timers[timerRexmt]) {
 		t.timers[timerTail] = at
