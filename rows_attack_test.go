@@ -623,6 +623,9 @@ func TestS12_TimeWait(t *testing.T) {
 			send(flagA, 1, irs+1)
 			mustAccept(t, l).Close()
 			send(flagF|flagA, 1, irs+2)
+			if i%100 == 0 { // or the bubble keeps every timer that was stopped
+				time.Sleep(time.Millisecond)
+			}
 		}
 		st := a.s.Stats()
 		if st.TimeWait != maxTimeWait {
@@ -994,7 +997,7 @@ func TestS21_Work(t *testing.T) {
 			p[6] = 60
 			return p
 		}(),
-		"the longest ping": fam.ping(fam.server, 1, 2, make([]byte, 65000)),
+		"a ping that fills the MTU": fam.ping(fam.server, 1, 2, make([]byte, 1452)),
 	}}
 	measure := func(p []byte) time.Duration {
 		const runs = 2000
@@ -1006,7 +1009,7 @@ func TestS21_Work(t *testing.T) {
 	}
 	base := measure(ordinary)
 	for name, p := range worst[0] {
-		if d := measure(p); d > 200*base {
+		if d := measure(p); d > 50*base {
 			t.Errorf("%s: %v, an ordinary packet %v", name, d, base)
 		} else {
 			t.Logf("%s: %v, an ordinary packet %v", name, d, base)
