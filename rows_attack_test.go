@@ -428,7 +428,7 @@ func TestS08_SACKArithmetic(t *testing.T) {
 				blocks = [][2]uint32{{first + 1, end}, {first, first + 1}, {end, first + 1}}
 			}
 			g.must(g.raw(".", g.nxt, g.rcv, sackOption(blocks...), nil))
-			time.Sleep(time.Duration(rng.IntN(int(60*time.Second)/rounds)) * 2)
+			time.Sleep(time.Duration(rng.Int64N(int64(60*time.Second)/int64(rounds))) * 2)
 			synctest.Wait()
 		}
 		g.drop()
