@@ -12,7 +12,8 @@ import (
 // link is where frames for a guest go: that of its latest packet.
 type link struct {
 	guest, gw [6]byte
-	w         Writer
+	w         Writer      // or
+	batch     BatchWriter // one of the two
 	ns        uintptr
 }
 

@@ -55,6 +55,12 @@ var (
 // [Config.ReuseFrames] is set. An error means that this frame was lost.
 type Writer func(frame []byte) error
 
+// BatchWriter is a [Writer] that takes several frames in one call, in order. It may
+// not keep frames, the slice; what is in it is like the frame of a Writer. Frames of
+// several flows are never in one call. An error means that frames were lost, no
+// matter how many.
+type BatchWriter func(frames [][]byte) error
+
 // Flow names the guest and the destination of one flow. Addresses are unmapped:
 // ::ffff:192.0.2.1 is 192.0.2.1.
 type Flow struct {
@@ -386,6 +392,70 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 // of an unreadable packet, of w for a frame sent in direct answer, or
 // [ErrStackClosed].
 func (s *Stack) HandlePacket(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte, packet []byte, w Writer) error {
+	return s.handlePacket(packet, &link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace}, nil)
+}
+
+// HandlePackets takes several packets, in the order in which the guest sent them,
+// as HandlePacket takes one. It costs less: what a TCP flow has to say to all of them
+// it says at once, with one acknowledgment and one write to the host where there
+// would be many. Neither packets nor what is in it is kept. The error is the first
+// one; the packets behind it are taken all the same.
+func (s *Stack) HandlePackets(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte, packets [][]byte, w BatchWriter) (first error) {
+	l := &link{guest: clientMAC, gw: gwMAC, batch: w, ns: namespace}
+	t := turns.Get().(*turn)
+	for _, packet := range packets {
+		if err := s.handlePacket(packet, l, t); err != nil && first == nil {
+			first = err
+		}
+	}
+	if err := t.end(); err != nil && first == nil {
+		first = err
+	}
+	turns.Put(t)
+	return first
+}
+
+// turn is a call of HandlePackets: the flows that have taken segments in it, and
+// answer when it ends.
+type turn struct{ flows []*tcpConn }
+
+var turns = sync.Pool{New: func() any { return new(turn) }}
+
+// defers reports whether c, which has just taken a segment, answers at the end of
+// the turn. What is urgent does not wait: a sender counts the ACKs that say the same
+// thing again. The caller holds c.mu.
+func (t *turn) defers(c *tcpConn) bool {
+	if t == nil || c.tcb.Urgent() {
+		return false
+	}
+	if !c.deferred {
+		c.deferred = true
+		t.flows = append(t.flows, c)
+	}
+	return true
+}
+
+// end has every flow answer. The error is the first of a Writer.
+func (t *turn) end() (first error) {
+	now := time.Now()
+	for _, c := range t.flows {
+		c.mu.Lock()
+		c.deferred = false
+		if c.gone {
+			c.mu.Unlock()
+			continue
+		}
+		if err := c.flushTurn(now, maxTurn); err != nil && first == nil {
+			first = err
+		}
+	}
+	clear(t.flows)
+	t.flows = t.flows[:0]
+	return first
+}
+
+// handlePacket takes a packet. Without a turn, everything is answered at once.
+func (s *Stack) handlePacket(packet []byte, l *link, t *turn) error {
 	s.count(packetsIn)
 	var p ipPacket
 	if err := parseIP(packet, &p); err != nil {
@@ -395,16 +465,15 @@ func (s *Stack) HandlePacket(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte
 	if s.closed.Load() {
 		return ErrStackClosed
 	}
-	l := link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace}
 	switch {
 	case p.malformed:
-		return s.dropHeaders(&p, &l)
+		return s.dropHeaders(&p, l)
 	case p.badChecksum:
 		s.count(dropChecksum)
 	case p.fragment:
-		return s.handleFragment(namespace, &p, &l)
+		return s.handleFragment(&p, l, t)
 	default:
-		return s.handleTransport(namespace, &p, &l)
+		return s.handleTransport(&p, l, t)
 	}
 	return nil
 }
@@ -424,21 +493,21 @@ func (s *Stack) dropHeaders(p *ipPacket, l *link) error {
 }
 
 // handleTransport takes a packet that is whole.
-func (s *Stack) handleTransport(ns uintptr, p *ipPacket, l *link) error {
+func (s *Stack) handleTransport(p *ipPacket, l *link, t *turn) error {
 	if p.ttl == 1 && !s.endsHere(p) {
 		s.count(dropHopLimit)
 		return s.sendHopLimitExceeded(p, l)
 	}
 	switch p.proto {
 	case protoTCP:
-		return s.handleTCP(ns, p, l)
+		return s.handleTCP(p, l, t)
 	case protoUDP:
-		return s.handleUDP(ns, p, l)
+		return s.handleUDP(l.ns, p, l)
 	case icmpProto(p.version):
 		if p.src.isUnicast() {
-			s.learn(guestKey{ns, p.src, uintptr(p.version)}, l)
+			s.learn(guestKey{l.ns, p.src, uintptr(p.version)}, l)
 		}
-		if took, err := s.takeError(ns, p); took {
+		if took, err := s.takeError(l.ns, p); took {
 			return err
 		}
 		return s.handleICMP(p, l)
@@ -470,7 +539,7 @@ func (s *Stack) endsHere(p *ipPacket) bool {
 
 // handleFragment takes a fragment, and the packet that it completes, if it does.
 // The error is the Writer's.
-func (s *Stack) handleFragment(ns uintptr, p *ipPacket, l *link) error {
+func (s *Stack) handleFragment(p *ipPacket, l *link, t *turn) error {
 	// Nothing that would take the whole packet takes one that is not from and to
 	// one host.
 	if !p.src.isUnicast() || !p.dst.isUnicast() {
@@ -479,14 +548,14 @@ func (s *Stack) handleFragment(ns uintptr, p *ipPacket, l *link) error {
 	}
 	if p.fragOffset == 0 {
 		// Where a Time Exceeded goes, which is about this fragment.
-		s.learn(guestKey{ns, p.src, uintptr(p.version)}, l)
+		s.learn(guestKey{l.ns, p.src, uintptr(p.version)}, l)
 	}
-	packet, verdict, err := s.reassemble(time.Now(), ns, p)
+	packet, verdict, err := s.reassemble(time.Now(), l.ns, p)
 	switch {
 	case err != nil:
 		return err
 	case packet != nil:
-		return s.handleReassembled(ns, packet, l)
+		return s.handleReassembled(packet, l, t)
 	case verdict != reassembly.Pending:
 		s.count(dropFragment)
 		return s.sendFragmentProblem(p, verdict, l)
@@ -512,7 +581,7 @@ func (s *Stack) reassemble(now time.Time, ns uintptr, p *ipPacket) ([]byte, reas
 }
 
 // handleReassembled takes a packet that was put together.
-func (s *Stack) handleReassembled(ns uintptr, packet []byte, l *link) error {
+func (s *Stack) handleReassembled(packet []byte, l *link, t *turn) error {
 	s.count(packetsReassembled)
 	var p ipPacket
 	completeHeader(packet)
@@ -525,7 +594,7 @@ func (s *Stack) handleReassembled(ns uintptr, packet []byte, l *link) error {
 		return nil
 	}
 	p.fragmented = true
-	return s.handleTransport(ns, &p, l)
+	return s.handleTransport(&p, l, t)
 }
 
 // AddRoute says where DialContext sends packets for guests of the namespace
@@ -538,7 +607,7 @@ func (s *Stack) AddRoute(namespace uintptr, prefix netip.Prefix, clientMAC, gwMA
 	if w == nil {
 		return fmt.Errorf("slirp: AddRoute: no Writer")
 	}
-	r := route{prefix.Masked(), link{clientMAC, gwMAC, w, namespace}}
+	r := route{prefix.Masked(), link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace}}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed.Load() {
@@ -559,23 +628,36 @@ func (s *Stack) AddRoute(namespace uintptr, prefix netip.Prefix, clientMAC, gwMA
 // room for one that turns out short must not be lost.
 const slabLen = 64 << 10
 
-// slab is memory that frames are cut from, one behind the other. What was cut is
-// never used again, so a Writer may keep it.
-type slab struct{ free []byte }
-
-// room returns n bytes to build a frame in. They stay in the slab until cut.
-func (b *slab) room(n int) []byte {
-	if len(b.free) < n {
-		b.free = make([]byte, max(slabLen, 4*n))
-	}
-	return b.free[:n]
+// slab is memory that frames are cut from, one behind the other, and those of them
+// that are still to be sent. What was cut is not used again, so a Writer may keep it,
+// but for Config.ReuseFrames.
+type slab struct {
+	mem    []byte
+	free   []byte // the end of mem
+	frames [][]byte
 }
 
-// cut takes the first n bytes of what room returned.
-func (b *slab) cut(n int) []byte {
-	f := b.free[:n:n]
+// grow makes room for a frame of n bytes at least.
+func (b *slab) grow(n int) {
+	if len(b.free) < n {
+		b.mem = make([]byte, max(slabLen, 4*n))
+		b.free = b.mem
+	}
+}
+
+// cut takes the first n bytes of free, and has them as one more of frames.
+func (b *slab) cut(n int) {
+	b.frames = append(b.frames, b.free[:n:n])
 	b.free = b.free[n:]
-	return f
+}
+
+// sent forgets frames, and has their memory used again if that may be.
+func (b *slab) sent(reuse bool) {
+	clear(b.frames)
+	b.frames = b.frames[:0]
+	if reuse {
+		b.free = b.mem
+	}
 }
 
 func (s *Stack) getSlab() *slab {
@@ -590,8 +672,9 @@ func (s *Stack) putSlab(b *slab) { s.slabs.Put(b) }
 // newFrame returns memory for a frame of n bytes.
 func (s *Stack) newFrame(n int) []byte {
 	b := s.getSlab()
-	b.room(n)
-	f := b.cut(n)
+	b.grow(n)
+	f := b.free[:n:n]
+	b.free = b.free[n:]
 	s.putSlab(b)
 	return f
 }
@@ -628,9 +711,34 @@ func (s *Stack) log(what flowNews, key *flowKey, args ...any) {
 
 // send hands a frame to the Writer and counts one that it loses.
 func (s *Stack) send(l *link, frame []byte) error {
+	if l.batch != nil {
+		b := s.getSlab()
+		b.frames = append(b.frames, frame)
+		err := s.sendAll(l, b.frames)
+		b.sent(false)
+		s.putSlab(b)
+		return err
+	}
 	err := l.w(frame)
 	if err != nil {
 		s.count(dropWriter)
 	}
 	return err
+}
+
+// sendAll is send for several frames. The error is the first one.
+func (s *Stack) sendAll(l *link, frames [][]byte) (first error) {
+	if l.batch != nil {
+		err := l.batch(frames)
+		if err != nil {
+			s.count(dropWriter)
+		}
+		return err
+	}
+	for _, frame := range frames {
+		if err := s.send(l, frame); err != nil && first == nil {
+			first = err
+		}
+	}
+	return first
 }

@@ -17,7 +17,7 @@ import (
 // relay between a flow and its host connection.
 
 // handleTCP takes a TCP packet.
-func (s *Stack) handleTCP(ns uintptr, p *ipPacket, l *link) error {
+func (s *Stack) handleTCP(p *ipPacket, l *link, t *turn) error {
 	var seg tcp.Segment
 	switch {
 	case !seg.Parse(p.payload):
@@ -33,16 +33,16 @@ func (s *Stack) handleTCP(ns uintptr, p *ipPacket, l *link) error {
 		s.count(dropAddress)
 		return nil
 	}
-	key := flowKey{ns, p.src, p.dst, seg.SrcPort, seg.DstPort, protoTCP, p.version}
+	key := flowKey{l.ns, p.src, p.dst, seg.SrcPort, seg.DstPort, protoTCP, p.version}
 	now := time.Now()
 	old, _ := s.lookup(&key).(*tcpConn)
 	if old != nil {
-		if ok, err := old.handle(now, &seg, p, l); ok {
+		if ok, err := old.handle(now, &seg, p, l, t); ok {
 			return err
 		}
 		s.remove(&key, old)
 	}
-	s.learn(guestKey{ns, p.src, uintptr(p.version)}, l)
+	s.learn(guestKey{l.ns, p.src, uintptr(p.version)}, l)
 	return s.handleNoFlow(now, &key, &seg, p, l, old)
 }
 
@@ -237,7 +237,7 @@ func (c *tcpConn) run(ctx context.Context) {
 		c.refuse(answerTo(err))
 		return
 	}
-	c.opening, c.host = nil, host
+	c.opening, c.host, c.out = nil, host, hostio.NewWriter(host)
 	c.tcb = tcp.NewPassive(cfg, now, &o.syn)
 	c.flush(now)
 	c.readHost()
@@ -406,34 +406,73 @@ func (c *tcpConn) hostEnded(err error) {
 
 // Guest to host.
 
-// startPump has the bytes of the guest written to the host. It is called with
-// c.mu held.
-func (c *tcpConn) startPump() {
-	if c.host == nil || c.pumping || c.writeDone || c.gone || c.tcb.Buffered() == 0 && !c.tcb.EOF() {
+// Bytes that the guest has not pushed wait for more: one write to a socket costs as
+// much as the copying of many segments. RFC 9293 section 3.9.1.2 has that a receiver
+// passes data on "without waiting for more" when it was pushed.
+const (
+	holdBytes = 64 << 10         // are written whatever comes
+	holdTime  = time.Millisecond // for which fewer are held
+)
+
+// toDeliver reports whether the caller is to call deliver, for which it then has the
+// right. It is called with c.mu held.
+func (c *tcpConn) toDeliver(now time.Time) bool {
+	n := c.tcb.Buffered()
+	if c.host == nil || c.pumping || c.writeDone || c.gone || n == 0 && !c.tcb.EOF() {
+		return false
+	}
+	if !c.tcb.Pushed() && n < min(holdBytes, c.stack.cfg.ReceiveBuffer/4) && c.out.OK() {
+		switch {
+		case c.heldUntil.IsZero():
+			c.heldUntil = now.Add(holdTime)
+			return false
+		case now.Before(c.heldUntil):
+			return false
+		}
+	}
+	c.pumping, c.heldUntil = true, time.Time{}
+	c.stack.goroutines.Add(1)
+	return true
+}
+
+// deliver writes the bytes of the guest to the host: here, as far as that does not
+// wait, and else on a goroutine.
+func (c *tcpConn) deliver() {
+	if !c.out.OK() {
+		go c.pump()
 		return
 	}
-	c.pumping = true
-	c.stack.goroutines.Add(1)
-	go c.pump()
+	for p := c.nextForHost(); len(p) > 0; p = c.nextForHost() {
+		n, err := c.out.Write(p)
+		c.wrote(n, err)
+		if n < len(p) && err == nil {
+			go c.pump()
+			return
+		}
+	}
+	c.stack.goroutines.Done()
 }
 
 // pump writes what the guest has sent to the host, as much at a time as there
 // is, and ends when there is nothing more: an idle flow has no goroutine for it.
-// What the host has taken opens the guest's window.
 func (c *tcpConn) pump() {
 	defer c.stack.goroutines.Done()
-	var err error
 	for p := c.nextForHost(); len(p) > 0; p = c.nextForHost() {
-		var n int
-		n, err = c.host.Write(p)
-		c.mu.Lock()
-		c.written += int64(n)
-		c.tcb.Discard(n)
-		if err != nil {
-			c.hostFailed()
-		}
-		c.flush(time.Now())
+		n, err := c.host.Write(p)
+		c.wrote(n, err)
 	}
+}
+
+// wrote takes the outcome of a write to the host. What the host has taken opens the
+// guest's window.
+func (c *tcpConn) wrote(n int, err error) {
+	c.mu.Lock()
+	c.written += int64(n)
+	c.tcb.Discard(n)
+	if err != nil {
+		c.hostFailed()
+	}
+	c.flush(time.Now())
 }
 
 // nextForHost lends what is to be written to the host next. When there is

@@ -2,11 +2,13 @@ package slirp
 
 import (
 	"container/list"
+	"math"
 	"net"
 	"sync"
 	"syscall"
 	"time"
 
+	"github.com/KarpelesLab/slirp/internal/hostio"
 	"github.com/KarpelesLab/slirp/internal/tcp"
 )
 
@@ -23,15 +25,17 @@ type tcpConn struct {
 	unread    bool          // it died with bytes that nobody has read yet
 	lingering *list.Element // in the account's timeWait
 
-	mu       sync.Mutex // guards what follows
-	link     link
-	learned  time.Time // when the guest's entry was last refreshed
-	opening  *opening  // while the host is dialed; tcb is nil then
-	tcb      *tcp.TCB
-	gone     bool // the table forgets it: a packet for it belongs to no flow
-	emitting bool // some goroutine hands frames to the Writer
-	timer    *time.Timer
-	timerAt  time.Time // when timer fires; zero: it does not
+	mu         sync.Mutex // guards what follows
+	link       link
+	learned    time.Time // when the guest's entry was last refreshed
+	opening    *opening  // while the host is dialed; tcb is nil then
+	tcb        *tcp.TCB
+	gone       bool // the table forgets it: a packet for it belongs to no flow
+	emitting   bool // some goroutine hands frames to the Writer
+	unfinished bool // the last turn has left frames to the timer
+	deferred   bool // it is in the turn of some HandlePackets
+	timer      *time.Timer
+	timerAt    time.Time // when timer fires; zero: it does not
 
 	readable, writable sync.Cond // on mu
 
@@ -40,14 +44,16 @@ type tcpConn struct {
 	icmp syscall.Errno // what an ICMP error said that ended DialContext; 0: nothing
 
 	// The relay of a NAT flow.
-	host        net.Conn // set once, with tcb
-	pumping     bool     // a goroutine writes to host
-	readDone    bool     // host has nothing more to say
-	writeDone   bool     // nothing more is written to host
-	writeErr    bool     // host takes no more bytes
-	closedWhole bool     // host, which has no CloseWrite, was closed for want of it
-	resetting   bool     // host is being reset
-	written     int64    // bytes that host has taken
+	host        net.Conn      // set once, with tcb
+	out         hostio.Writer // of host
+	heldUntil   time.Time     // when bytes that wait for more are written; zero: none do
+	pumping     bool          // a goroutine writes to host
+	readDone    bool          // host has nothing more to say
+	writeDone   bool          // nothing more is written to host
+	writeErr    bool          // host takes no more bytes
+	closedWhole bool          // host, which has no CloseWrite, was closed for want of it
+	resetting   bool          // host is being reset
+	written     int64         // bytes that host has taken
 }
 
 // newTCPConn returns a flow that is not in the table yet.
@@ -59,7 +65,7 @@ func (s *Stack) newTCPConn(key *flowKey, l *link, now time.Time) *tcpConn {
 
 // handle takes a segment of the flow. It reports false when the flow is gone, or
 // makes way for the connection that the segment begins.
-func (c *tcpConn) handle(now time.Time, seg *tcp.Segment, p *ipPacket, l *link) (ok bool, err error) {
+func (c *tcpConn) handle(now time.Time, seg *tcp.Segment, p *ipPacket, l *link, t *turn) (ok bool, err error) {
 	c.mu.Lock()
 	if c.gone {
 		c.mu.Unlock()
@@ -79,7 +85,11 @@ func (c *tcpConn) handle(now time.Time, seg *tcp.Segment, p *ipPacket, l *link) 
 		return false, nil
 	default:
 		c.tcb.Input(now, seg)
-		err = c.flush(now)
+		if t.defers(c) {
+			c.mu.Unlock()
+		} else {
+			err = c.flushTurn(now, maxTurn)
+		}
 	}
 	if learn {
 		c.stack.learn(guestKey{c.key.ns, c.key.guest, uintptr(c.key.version)}, l)
@@ -87,14 +97,22 @@ func (c *tcpConn) handle(now time.Time, seg *tcp.Segment, p *ipPacket, l *link) 
 	return true, err
 }
 
-// flush makes everything happen that the last call of the TCB has brought about.
+// flush makes everything happen that the last calls of the TCB have brought about.
 // It is called with c.mu held and returns without it. The error is that of the
 // Writer.
-func (c *tcpConn) flush(now time.Time) error {
+func (c *tcpConn) flush(now time.Time) error { return c.flushTurn(now, math.MaxInt) }
+
+// maxTurn bounds the frames that a guest's packet or a timer sends at a time. An
+// ACK may free any number of them, and other flows wait meanwhile.
+const maxTurn = 64
+
+// flushTurn is flush, with a bound on the frames that are sent. The timer does the
+// rest.
+func (c *tcpConn) flushTurn(now time.Time, frames int) error {
 	ev := c.tcb.Events()
-	c.wake(ev)
+	deliver := c.wake(now, ev)
 	unread := c.tcb.Buffered() > 0
-	err := c.emit(now)
+	err := c.emit(now, frames)
 	reason := c.tcb.Reason()
 	drain := c.gone && c.pumping
 	c.mu.Unlock()
@@ -102,47 +120,59 @@ func (c *tcpConn) flush(now time.Time) error {
 	if drain {
 		c.stack.drain(c)
 	}
+	if deliver {
+		c.deliver()
+	}
 	return err
 }
 
-// emit hands the frames that are due to the Writer, in order and one at a time:
-// if another goroutine is at it, that one goes on. Then it sets the timer. It is
-// called with c.mu held, which it releases for each call of the Writer.
-func (c *tcpConn) emit(now time.Time) (first error) {
+// emit hands the frames that are due to the Writer, up to n of them, in order and
+// one call at a time: if another goroutine is at it, that one goes on. Then it sets
+// the timer. It is called with c.mu held, which it releases for each call of the
+// Writer.
+func (c *tcpConn) emit(now time.Time, n int) (first error) {
 	if c.emitting {
 		c.setTimer(now)
 		return nil
 	}
 	c.emitting = true
 	s := c.stack
-	hl := frameHeaderLen(c.key.version)
 	b := s.getSlab()
-	for {
-		buf := b.room(etherHeaderLen + s.cfg.MTU)
-		n := c.tcb.Output(now, buf[hl:])
-		if n == 0 {
-			break
-		}
+	for n > 0 && c.build(now, b, n) {
+		n -= len(b.frames)
 		l, stale := c.link, now.Sub(c.learned) >= learnEvery
 		c.mu.Unlock()
 		if stale {
 			l = s.presentLink(c.key.guestKey(), l)
 		}
-		frame := buf[: hl+n : hl+n]
-		if !s.cfg.ReuseFrames {
-			frame = b.cut(hl + n)
+		for _, frame := range b.frames {
+			finishFrame(frame, &l, c.key.version, protoTCP, c.key.host, c.key.guest)
 		}
-		finishFrame(frame, &l, c.key.version, protoTCP, c.key.host, c.key.guest)
-		if err := s.send(&l, frame); err != nil && first == nil {
+		if err := s.sendAll(&l, b.frames); err != nil && first == nil {
 			first = err
 		}
+		b.sent(s.cfg.ReuseFrames)
 		now = time.Now()
 		c.mu.Lock()
 	}
 	s.putSlab(b)
-	c.emitting = false
+	c.emitting, c.unfinished = false, n <= 0
 	c.setTimer(now)
 	return first
+}
+
+// build cuts frames with the segments that are due from b, up to n of them and as
+// far as its memory goes, and reports whether there are any.
+func (c *tcpConn) build(now time.Time, b *slab, n int) bool {
+	hl, size := frameHeaderLen(c.key.version), etherHeaderLen+c.stack.cfg.MTU
+	for b.grow(size); len(b.frames) < n && len(b.free) >= size; {
+		m := c.tcb.Output(now, b.free[hl:size])
+		if m == 0 {
+			break
+		}
+		b.cut(hl + m)
+	}
+	return len(b.frames) > 0
 }
 
 // maxShortened bounds how often the segments of a connection are made shorter, a
@@ -171,6 +201,12 @@ func (c *tcpConn) pathMTU(size int, seq uint32) (took bool, err error) {
 // leaves the timer alone: it fires in vain then, and is set again.
 func (c *tcpConn) setTimer(now time.Time) {
 	d := c.tcb.Deadline()
+	if !c.heldUntil.IsZero() && (d.IsZero() || c.heldUntil.Before(d)) {
+		d = c.heldUntil
+	}
+	if c.unfinished {
+		d = now
+	}
 	switch {
 	case d.IsZero():
 		if c.timer != nil {
@@ -208,11 +244,12 @@ func (c *tcpConn) onTimer() {
 	c.timerAt = time.Time{}
 	now := time.Now()
 	c.tcb.Advance(now)
-	c.flush(now)
+	c.flushTurn(now, maxTurn)
 }
 
-// wake tells whoever waits for the flow. It is called with c.mu held.
-func (c *tcpConn) wake(ev tcp.Events) {
+// wake tells whoever waits for the flow, and reports whether the caller is to call
+// deliver. It is called with c.mu held.
+func (c *tcpConn) wake(now time.Time, ev tcp.Events) (deliver bool) {
 	if ev&tcp.EventClosed != 0 {
 		c.gone = true
 		if c.tcb.Reason() != tcp.None {
@@ -221,11 +258,11 @@ func (c *tcpConn) wake(ev tcp.Events) {
 	}
 	if ev&tcp.EventReadable != 0 {
 		c.readable.Broadcast()
-		c.startPump()
 	}
 	if ev&(tcp.EventWritable|tcp.EventConnected) != 0 {
 		c.writable.Broadcast()
 	}
+	return c.toDeliver(now)
 }
 
 // react does what events ask for outside the flow. It is called without a lock.

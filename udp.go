@@ -642,11 +642,12 @@ func (f *udpFlow) emit(b *datagramBuffer, n int, from ipAddr, port uint16) error
 	mem := s.getSlab()
 	err := emitDatagram(&l, f.key.version, protoUDP, from, f.key.guest, d, s.mtuTo(f.key.guestKey()), defaultHopLimit, &s.fragmentID,
 		func(n int) []byte {
-			frame := mem.room(n)
-			if s.cfg.ReuseFrames {
-				return frame[:n:n]
+			mem.grow(n)
+			frame := mem.free[:n:n]
+			if !s.cfg.ReuseFrames {
+				mem.free = mem.free[n:]
 			}
-			return mem.cut(n)
+			return frame
 		},
 		func(frame []byte) error { return s.send(&l, frame) })
 	s.putSlab(mem)

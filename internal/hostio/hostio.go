@@ -111,3 +111,20 @@ func (s *Sender) Send(p []byte) error { return s.raw.send(p, netip.AddrPort{}) }
 
 // SendTo is Send for a socket that is not connected.
 func (s *Sender) SendTo(p []byte, to netip.AddrPort) error { return s.raw.send(p, to) }
+
+// Writer writes to a stream without ever waiting for room.
+type Writer struct{ raw rawWriter }
+
+// NewWriter returns a Writer for conn. It is not OK if conn is not a socket of the
+// operating system that can be written to in this way.
+func NewWriter(conn net.Conn) (w Writer) {
+	w.raw.init(conn)
+	return w
+}
+
+// OK reports whether Write may be called.
+func (w Writer) OK() bool { return w.raw.ok() }
+
+// Write writes as much of p as there is room for now. Less than all of it is no
+// error.
+func (w Writer) Write(p []byte) (int, error) { return w.raw.write(p) }

@@ -19,3 +19,10 @@ type rawSender struct{}
 
 func (s *rawSender) init(net.Conn) bool                { return false }
 func (s *rawSender) send([]byte, netip.AddrPort) error { panic("unreachable") }
+
+// rawWriter is not to be had either.
+type rawWriter struct{}
+
+func (w rawWriter) init(net.Conn)             {}
+func (w rawWriter) ok() bool                  { return false }
+func (w rawWriter) write([]byte) (int, error) { panic("unreachable") }

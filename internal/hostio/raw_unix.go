@@ -189,3 +189,62 @@ func (w *sending) write(fd uintptr) bool {
 		}
 	}
 }
+
+// rawWriter writes to a stream without waiting.
+type rawWriter struct{ conn syscall.RawConn }
+
+// init prepares for a connection that is a socket. A type that wraps one is written
+// to through its own method.
+func (w *rawWriter) init(conn net.Conn) {
+	if c, ok := conn.(*net.TCPConn); ok {
+		if raw, err := c.SyscallConn(); err == nil {
+			w.conn = raw
+		}
+	}
+}
+
+func (w rawWriter) ok() bool { return w.conn != nil }
+
+// writing is one call of write. It is pooled as sending is.
+type writing struct {
+	p   []byte
+	n   int
+	err error
+	try func(fd uintptr) bool
+}
+
+var writings = sync.Pool{New: func() any {
+	w := new(writing)
+	w.try = w.write
+	return w
+}}
+
+func (w rawWriter) write(p []byte) (int, error) {
+	c := writings.Get().(*writing)
+	c.p, c.n, c.err = p, 0, nil
+	err := w.conn.Write(c.try)
+	if err == nil {
+		err = c.err
+	}
+	n := c.n
+	c.p, c.err = nil, nil
+	writings.Put(c)
+	return n, err
+}
+
+// write writes once. It is always done: RawConn would wait otherwise.
+func (c *writing) write(fd uintptr) bool {
+	for {
+		n, err := syscall.Write(int(fd), c.p)
+		switch err {
+		case nil:
+			c.n = n
+		case syscall.EINTR:
+			continue
+		case syscall.EAGAIN:
+		default:
+			c.err = err
+		}
+		return true
+	}
+}

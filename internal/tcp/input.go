@@ -119,14 +119,14 @@ func (t *TCB) refuse(now time.Time, off int64, seg *Segment) {
 		return
 	}
 	t.recvBuf.noteDuplicate(off, min(off+int64(len(seg.Payload)), t.recvBuf.nxt))
-	t.ackDue = true
+	t.ackDue, t.ackUrgent = true, true
 }
 
 // challenge sends an ACK, unless the last one was just now (RFC 5961 section 7).
 func (t *TCB) challenge(now time.Time) {
 	if t.challenged.IsZero() || now.Sub(t.challenged) >= challengePause {
 		t.challenged = now
-		t.ackDue = true
+		t.ackDue, t.ackUrgent = true, true
 	}
 }
 
@@ -490,7 +490,7 @@ func (t *TCB) inputText(now time.Time, off int64, seg *Segment) {
 		t.noteFIN(end)
 	}
 	if len(p) > 0 {
-		t.takeData(now, off, p)
+		t.takeData(now, off, p, seg.Flags&PSH != 0)
 	}
 	if t.rcv.fin != 0 && t.rcv.nxt == t.rcv.fin {
 		t.rcv.nxt++
@@ -512,13 +512,13 @@ func (t *TCB) noteFIN(off int64) {
 // full segment and for anything out of the ordinary, else delayed. For some full
 // segments after a gap no ACK is delayed: the peer's window is small then, and
 // each one counts.
-func (t *TCB) takeData(now time.Time, off int64, p []byte) {
+func (t *TCB) takeData(now time.Time, off int64, p []byte, push bool) {
 	limit := min(t.rcv.adv, t.recvBuf.base+t.recvBuf.max+windowSlack<<t.rcv.scale)
 	if t.rcv.fin != 0 {
 		limit = min(limit, t.rcv.fin)
 	}
 	if off >= limit {
-		t.ackDue = true
+		t.ackDue, t.ackUrgent = true, true
 		return
 	}
 	p = p[:min(int64(len(p)), limit-off)]
@@ -527,7 +527,7 @@ func (t *TCB) takeData(now time.Time, off int64, p []byte) {
 	t.rcv.nxt += n
 	t.rcv.mss = min(max(t.rcv.mss, int64(len(p))), int64(t.cfg.MSS))
 	if n == 0 || !inOrder || off < t.rcv.nxt-n {
-		t.ackDue, t.rcv.quick = true, quickAcks
+		t.ackDue, t.ackUrgent, t.rcv.quick = true, true, quickAcks
 	} else if t.rcv.nxt-t.rcv.acked > t.rcv.mss {
 		t.ackDue = true
 	} else if t.rcv.quick > 0 && int64(len(p)) == t.rcv.mss {
@@ -541,6 +541,7 @@ func (t *TCB) takeData(now time.Time, off int64, p []byte) {
 	}
 	if n > 0 {
 		t.events |= EventReadable
+		t.pushed = t.pushed || push || int64(len(p)) < max(t.rcv.mss, int64(t.cfg.DefaultMSS))
 	}
 }
 

@@ -275,7 +275,7 @@ func (t *TCB) output(now time.Time, buf []byte, seg *Segment, n int64) int {
 	if seg.Flags&ACK != 0 {
 		seg.Ack = t.rcv.seq.wrap(t.rcv.nxt)
 		t.rcv.acked = t.rcv.nxt
-		t.ackDue = false
+		t.ackDue, t.ackUrgent = false, false
 		t.disarm(timerDelack)
 		if n == 0 && seg.Flags&(SYN|FIN) == 0 {
 			t.reportBlocks(seg)

@@ -139,6 +139,8 @@ type TCB struct {
 	blocked        bool   // the application found the send buffer full
 	synDue         bool   // a SYN, or SYN-ACK, is to be sent
 	ackDue         bool   // an ACK is to be sent at once
+	ackUrgent      bool   // the peer counts it: it is not to be merged with the next
+	pushed         bool   // what can be read is not to wait for more (PSH)
 	probeDue       bool   // a probe is to be sent
 	override       bool   // silly-window avoidance is off for one segment
 	rstDue         bool   // a reset with rst is to be sent
@@ -236,6 +238,17 @@ func (t *TCB) SendNext() uint32 { return t.snd.seq.wrap(t.snd.nxt) }
 // Buffered returns the bytes that can be read.
 func (t *TCB) Buffered() int { return int(t.recvBuf.nxt - t.recvBuf.base) }
 
+// Pushed reports whether what can be read is to be passed on at once: the peer has
+// pushed it, or has sent less than it could (RFC 9293 section 3.9.1.2).
+func (t *TCB) Pushed() bool { return t.pushed || t.finReceived() || t.state == Closed }
+
+// Urgent reports whether what is due must not wait for another segment of the peer
+// that may come at the same time: an ACK that says the same thing once more (RFC 5681
+// section 4.2), or what is no plain ACK at all.
+func (t *TCB) Urgent() bool {
+	return t.ackDue && t.ackUrgent || t.synDue || t.rstDue || t.state == Closed
+}
+
 // EOF reports whether the peer has closed its side and all its data was read.
 func (t *TCB) EOF() bool { return t.finReceived() && t.Buffered() == 0 }
 
@@ -302,13 +315,19 @@ func (t *TCB) Peek() []byte { return t.recvBuf.peek() }
 // Discard forgets the first n bytes of what Peek lent, which may open the window.
 func (t *TCB) Discard(n int) {
 	t.recvBuf.discard(int64(n))
+	t.drained()
+}
+
+// drained is what follows when bytes were read.
+func (t *TCB) drained() {
+	t.pushed = t.pushed && t.Buffered() > 0
 	t.announceWindow()
 }
 
 // Read moves bytes that can be read to p and returns their number.
 func (t *TCB) Read(p []byte) int {
 	n := t.recvBuf.read(p)
-	t.announceWindow()
+	t.drained()
 	return n
 }
 
