@@ -270,7 +270,8 @@ func (t *TCB) acked(now time.Time, ack int64, seg *Segment) {
 	t.sendBuf.ack(ack)
 	t.retries = 0
 	t.disarm(timerRexmt) // Output starts it again if something is outstanding
-	if t.blocked && t.sendBuf.free() > 0 && t.canSend() {
+	// A quarter of the buffer: a writer that is woken for every ACK writes crumbs.
+	if t.blocked && t.sendBuf.free() >= t.sendBuf.max/4 && t.canSend() {
 		t.blocked = false
 		t.events |= EventWritable
 	}

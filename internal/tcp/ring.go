@@ -20,7 +20,13 @@ type ring struct {
 	// lent is set while the owner's user reads or writes the memory outside
 	// the owner's lock; memory given up meanwhile is left to the collector.
 	lent bool
+	// used is how many offsets there was room made for at once since the ring was
+	// empty; hint is what that had been before.
+	used, hint int64
 }
+
+// maxHint bounds the memory that an empty ring starts with.
+const maxHint = 64 << 10
 
 func (r *ring) size() int64 {
 	if r.mem == nil {
@@ -31,8 +37,12 @@ func (r *ring) size() int64 {
 
 // grow makes room for n offsets and keeps those of live.
 func (r *ring) grow(n int64, live span) {
+	r.used = max(r.used, n)
 	if n <= r.size() {
 		return
+	}
+	if r.mem == nil {
+		n = max(n, r.hint) // what came last time is about to come again
 	}
 	class := max(minRingBits, bits.Len64(uint64(n-1)))
 	next := ring{}
@@ -47,12 +57,18 @@ func (r *ring) grow(n int64, live span) {
 		next.write(live.start, s)
 		live.start += int64(len(s))
 	}
-	r.release()
+	r.free()
 	r.mem = next.mem
 }
 
-// release gives the memory back.
+// release gives the memory back: the ring is empty.
 func (r *ring) release() {
+	r.free()
+	r.hint, r.used = min(r.used, maxHint), 0
+}
+
+// free gives up the memory.
+func (r *ring) free() {
 	if r.mem != nil && !r.lent {
 		ringPools[bits.Len(uint(len(*r.mem)))-1].Put(r.mem)
 	}
