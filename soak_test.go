@@ -415,18 +415,18 @@ func TestSoakCycles(t *testing.T) {
 	if n > 500 {
 		kinds = "eEhrdc" // the last has the Stack wait for a minute
 	}
-	p := newSoakPair(t, Config{TCPIdleTimeout: time.Second, UDPIdleTimeout: time.Second})
-	p.run(min(n/5, 2000), kinds)
-	p.settle()
-	before := takeUsage()
+	p := newSoakPair(t, Config{TCPIdleTimeout: time.Second})
 	silent := newSoakGuest(t, p.server)
-	for done := 0; done < n; {
-		wave := min(n-done, 20_000)
-		silent.open(min(left, wave/10), netip.MustParseAddrPort(p.tcp)) // whom the keep-alives do not find
-		p.run(wave-min(left, wave/10), kinds)
-		done += wave
+	var before usage
+	const waves = 5
+	for wave := range waves {
+		silent.open(left, netip.MustParseAddrPort(p.tcp)) // whom the keep-alives do not find
+		p.run(n/waves-left, kinds)
 		p.settle()
-		t.Logf("%d cycles: %+v", done, takeUsage())
+		if wave == 0 { // from now on no more at a time than before
+			before = takeUsage()
+		}
+		t.Logf("%d cycles: %+v", n/waves*(wave+1), takeUsage())
 	}
 	untilUsage(t, before, 2<<20)
 	st := p.server.Stats()
