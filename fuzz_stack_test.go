@@ -536,7 +536,7 @@ func (n *fuzzNet) end() {
 	n.held = [2]bool{}
 	for _, f := range n.flows {
 		for _, p := range []*fuzzPipe{f.up, f.down} {
-			p.change(func() { p.end, p.allowed = true, 1<<40 })
+			p.change(func() { p.end, p.allowed = true, 1<<30 })
 		}
 	}
 	n.sleep(20 * time.Minute)

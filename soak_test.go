@@ -209,15 +209,16 @@ func TestSoakIdleVirtualFlows(t *testing.T) {
 	runtime.KeepAlive(conns)
 }
 
-// closeSoaked closes a Stack, and says how long that takes.
+// closeSoaked closes a Stack, and says how long that takes. What counts is the time of
+// the processors: the machine may have other work.
 func closeSoaked(t *testing.T, s *Stack, n int) {
 	t.Helper()
-	start := time.Now()
+	start, used := time.Now(), processorTime()
 	s.Close()
-	d := time.Since(start)
-	t.Logf("Close with %d flows took %v", n, d)
-	if soak(0, 1) == 1 && !raceEnabled() && d > time.Second {
-		t.Errorf("Close with %d flows took %v", n, d)
+	d, used := time.Since(start), processorTime()-used
+	t.Logf("Close with %d flows took %v, and %v of the processors", n, d, used)
+	if soak(0, 1) == 1 && !raceEnabled() && used > time.Second {
+		t.Errorf("Close with %d flows took %v of the processors", n, used)
 	}
 	if st := s.Stats(); st.TCPFlows != 0 || st.TimeWait != 0 {
 		t.Errorf("after Close: %+v", st)
@@ -637,8 +638,8 @@ func (n *fuzzNet) day(silent *machine, b byte) {
 		n.sleep(time.Second)
 		switch i {
 		case 0:
-			f.up.change(func() { f.up.end, f.up.allowed = true, 1<<40 })
-			f.down.change(func() { f.down.end, f.down.allowed = true, 1<<40 })
+			f.up.change(func() { f.up.end, f.up.allowed = true, 1<<30 })
+			f.down.change(func() { f.down.end, f.down.allowed = true, 1<<30 })
 		case 1:
 			n.abandon(f, f.up, 8)
 		case 2:
