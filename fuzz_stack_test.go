@@ -395,7 +395,7 @@ func (n *fuzzNet) open() {
 	c := make(chan net.Conn, 1)
 	go func() {
 		conn, err := n.server.s.DialContext(context.Background(), "tcp", to.String())
-		if err != nil && n.faults < maxFaults {
+		if err != nil && n.faults <= maxFaults {
 			n.t.Errorf("DialContext %v: %v", to, err)
 		}
 		c <- conn
@@ -415,7 +415,7 @@ func (n *fuzzNet) open() {
 	n.mu.Unlock()
 	if client == nil || len(conns) != 1 {
 		f.broken = true
-		if n.faults < maxFaults {
+		if n.faults <= maxFaults {
 			n.t.Errorf("the connection to %v is %v at one end and %v at the other", to, client, conns)
 		}
 	}
@@ -443,9 +443,9 @@ func (f *fuzzFlow) leave() {
 	}
 }
 
-// maxFaults is how many frames may be lost before connections may break of it: a
-// SYN-ACK is sent again five times.
-const maxFaults = 4
+// maxFaults is how many frames may be lost before connections may break of it: three
+// keep-alives without an answer end one.
+const maxFaults = 2
 
 // step does the next thing.
 func (n *fuzzNet) step() {
