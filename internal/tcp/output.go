@@ -194,12 +194,11 @@ func (t *TCB) newData(now time.Time, room int64) (span, bool) {
 
 // withFollowers extends s, new data, by the segments that are due behind it, if the
 // link cuts what is longer than one. All but the last are full, so that the cuts are
-// where they would have been. A segment that reports blocks stays alone: its parts
-// would all report them, a duplicate as if it had come many times.
+// where they would have been.
 func (t *TCB) withFollowers(s span, room int64) span {
 	mss, usable, queued := t.mss(), t.usableWindow(), t.sendBuf.end-s.start
 	n := min(queued, usable, room, int64(t.cfg.Offload))
-	if n <= mss || s.end-s.start < mss || t.loss.sack && t.recvBuf.hasBlocks() {
+	if n <= mss || s.end-s.start < mss {
 		return s
 	}
 	if n < queued {
@@ -226,6 +225,8 @@ func (t *TCB) outputData(now time.Time, buf []byte, s span, kind sendKind) int {
 	n := max(0, min(s.end, t.sendBuf.end)-s.start)
 	seg := Segment{Seq: t.snd.seq.wrap(s.start), Flags: ACK}
 	t.reportBlocks(&seg)
+	// One that reports blocks stays alone: its parts would all report them, and a
+	// duplicate as if it had come many times.
 	if room := t.snd.mss - t.optionsLen(&seg); seg.Blocks > 0 && n > room {
 		n = room
 		s.end = s.start + n
