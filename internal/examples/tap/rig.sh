@@ -25,7 +25,7 @@ ip netns add $host
 ip netns add $guest
 ip -n $host link set lo up
 ip -n $host addr add $server/32 dev lo
-ip netns exec $host iperf3 -s -B $server >/dev/null &
+ip netns exec $host iperf3 -s -B $server >/dev/null 2>&1 &
 pids+=($!)
 
 # with FLAGS... -- COMMAND... runs a command beside the example, with the guest ready.
@@ -60,7 +60,8 @@ for vnet in -vnet=false -vnet; do
 done
 if [ -n "${PROFILE:-}" ]; then
 	mkdir -p "$PROFILE"
+	printf '%-8s' profiled
 	with -vnet "$@" -cpuprofile "$PROFILE/up.prof" -- measure
 	with -vnet "$@" -cpuprofile "$PROFILE/down.prof" -- measure -R
-	echo "  (profiles in $PROFILE)"
+	echo
 fi
