@@ -657,7 +657,7 @@ const slabLen = 64 << 10
 // that are still to be sent. What was cut is not used again, so a Writer may keep it,
 // but for Config.ReuseFrames.
 type slab struct {
-	mem    []byte
+	mem    []byte // that may be used again, of all that was allocated
 	free   []byte // the end of mem
 	frames [][]byte
 }
@@ -694,12 +694,14 @@ func (s *Stack) getSlab() *slab {
 
 func (s *Stack) putSlab(b *slab) { s.slabs.Put(b) }
 
-// newFrame returns memory for a frame of n bytes.
+// newFrame returns memory for a frame of n bytes, which is not used again: the frame
+// is still to be written when the slab has another user.
 func (s *Stack) newFrame(n int) []byte {
 	b := s.getSlab()
 	b.grow(n)
 	f := b.free[:n:n]
 	b.free = b.free[n:]
+	b.mem = b.free
 	s.putSlab(b)
 	return f
 }
