@@ -342,7 +342,7 @@ type Stack struct {
 	sweepShares int                           // how many shares there are when those without use are forgotten
 	paths       map[guestKey]path             // where packets must be shorter than the MTU
 	routes      map[uintptr][]route
-	draining    map[*tcpConn]struct{} // gone from flows, still writing to their hosts
+	draining    map[*tcpConn]*time.Timer // gone from flows, still writing to their hosts; the timer of drainTimeout
 
 	fragments     *reassembly.Reassembler
 	fragmentTimer *time.Timer // for the deadline of fragments; set while there are any
@@ -376,7 +376,7 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 		paths:     make(map[guestKey]path),
 		shares:    make(map[uintptr]*share),
 		routes:    make(map[uintptr][]route),
-		draining:  make(map[*tcpConn]struct{}),
+		draining:  make(map[*tcpConn]*time.Timer),
 		fragments: reassembly.New(reassembly.Limits{}),
 	}
 	rand.Read(s.isnSecret[:])
@@ -428,8 +428,8 @@ func (t *turn) defers(c *tcpConn) bool {
 	if t == nil || c.tcb.Urgent() {
 		return false
 	}
-	if !c.deferred {
-		c.deferred = true
+	if c.turn != t {
+		c.turn = t
 		t.flows = append(t.flows, c)
 	}
 	return true
@@ -437,15 +437,16 @@ func (t *turn) defers(c *tcpConn) bool {
 
 // end has every flow answer. The error is the first of a Writer.
 func (t *turn) end() (first error) {
-	now := time.Now()
 	for _, c := range t.flows {
 		c.mu.Lock()
-		c.deferred = false
+		if c.turn == t {
+			c.turn = nil
+		}
 		if c.gone {
 			c.mu.Unlock()
 			continue
 		}
-		if err := c.flushTurn(now, maxTurn); err != nil && first == nil {
+		if err := c.flushTurn(time.Now(), maxTurn); err != nil && first == nil {
 			first = err
 		}
 	}
@@ -607,6 +608,9 @@ func (s *Stack) AddRoute(namespace uintptr, prefix netip.Prefix, clientMAC, gwMA
 	if w == nil {
 		return fmt.Errorf("slirp: AddRoute: no Writer")
 	}
+	if a := prefix.Addr(); a.Is4In6() && prefix.Bits() >= 96 {
+		prefix = netip.PrefixFrom(a.Unmap(), prefix.Bits()-96)
+	}
 	r := route{prefix.Masked(), link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace}}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -669,8 +673,12 @@ func (s *Stack) getSlab() *slab {
 
 func (s *Stack) putSlab(b *slab) { s.slabs.Put(b) }
 
-// newFrame returns memory for a frame of n bytes.
+// newFrame returns memory for a frame of n bytes. Nothing says when the Writer has
+// had it, so it shares none with frames whose memory is used again.
 func (s *Stack) newFrame(n int) []byte {
+	if s.cfg.ReuseFrames {
+		return make([]byte, n)
+	}
 	b := s.getSlab()
 	b.grow(n)
 	f := b.free[:n:n]

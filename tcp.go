@@ -435,22 +435,26 @@ func (c *tcpConn) toDeliver(now time.Time) bool {
 	return true
 }
 
+// maxDeliver is about what deliver writes: other goroutines may bring more meanwhile.
+const maxDeliver = 256 << 10
+
 // deliver writes the bytes of the guest to the host: here, as far as that does not
 // wait, and else on a goroutine.
 func (c *tcpConn) deliver() {
-	if !c.out.OK() {
-		go c.pump()
-		return
-	}
-	for p := c.nextForHost(); len(p) > 0; p = c.nextForHost() {
-		n, err := c.out.Write(p)
-		c.wrote(n, err)
-		if n < len(p) && err == nil {
-			go c.pump()
+	for left := maxDeliver; left > 0 && c.out.OK(); {
+		p := c.nextForHost()
+		if len(p) == 0 {
+			c.stack.goroutines.Done()
 			return
 		}
+		n, err := c.out.Write(p)
+		c.wrote(n, err)
+		left -= n
+		if n < len(p) && err == nil {
+			break
+		}
 	}
-	c.stack.goroutines.Done()
+	go c.pump()
 }
 
 // pump writes what the guest has sent to the host, as much at a time as there
@@ -472,7 +476,7 @@ func (c *tcpConn) wrote(n int, err error) {
 	if err != nil {
 		c.hostFailed()
 	}
-	c.flush(time.Now())
+	c.flushTurn(time.Now(), maxTurn)
 }
 
 // nextForHost lends what is to be written to the host next. When there is

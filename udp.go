@@ -182,7 +182,10 @@ func (s *Stack) reclaimUDP(ns uintptr, now time.Time) bool {
 		f.mu.Lock()
 		if !f.gone && !f.answered && now.Sub(f.active) >= briefIdle {
 			s.count(flowsReclaimed)
-			f.finish()
+			free := f.leave()
+			s.goroutines.Go(free) // what Dial has returned may block
+			f.mu.Unlock()
+			s.remove(&f.key, f)
 			return true
 		}
 		f.mu.Unlock()
