@@ -608,10 +608,7 @@ func (s *Stack) AddRoute(namespace uintptr, prefix netip.Prefix, clientMAC, gwMA
 	if w == nil {
 		return fmt.Errorf("slirp: AddRoute: no Writer")
 	}
-	if a := prefix.Addr(); a.Is4In6() && prefix.Bits() >= 96 {
-		prefix = netip.PrefixFrom(a.Unmap(), prefix.Bits()-96)
-	}
-	r := route{prefix.Masked(), link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace}}
+	r := route{unmapPrefix(prefix).Masked(), link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace}}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed.Load() {

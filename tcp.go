@@ -389,16 +389,19 @@ func (c *tcpConn) waitWritable() bool {
 // returns without it.
 func (c *tcpConn) hostEnded(err error) {
 	c.readDone = true
-	now := time.Now()
 	if (err == io.EOF || c.closedWhole) && !c.writeErr {
 		c.tcb.CloseWrite()
 	} else {
-		c.flush(now) // what was read goes first, as far as the window allows
+		// What was read goes first, as far as the window allows.
+		for c.ending = true; c.emitting && !c.gone; {
+			c.writable.Wait()
+		}
+		c.flush(time.Now())
 		c.mu.Lock()
 		c.tcb.Abort()
 	}
 	done := c.writeDone
-	c.flush(now)
+	c.flush(time.Now())
 	if done {
 		c.host.Close()
 	}
@@ -449,7 +452,7 @@ func (c *tcpConn) deliver() {
 		}
 		n, err := c.out.Write(p)
 		c.wrote(n, err)
-		left -= n
+		left -= max(n, maxDeliver/64) // many crumbs cost as much
 		if n < len(p) && err == nil {
 			break
 		}

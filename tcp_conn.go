@@ -49,6 +49,7 @@ type tcpConn struct {
 	heldUntil   time.Time     // when bytes that wait for more are written; zero: none do
 	pumping     bool          // a goroutine writes to host
 	readDone    bool          // host has nothing more to say
+	ending      bool          // host has failed, and its last words wait for emitting to be false
 	writeDone   bool          // nothing more is written to host
 	writeErr    bool          // host takes no more bytes
 	closedWhole bool          // host, which has no CloseWrite, was closed for want of it
@@ -159,6 +160,9 @@ func (c *tcpConn) emit(now time.Time, n int) (first error) {
 	}
 	s.putSlab(b)
 	c.emitting, c.unfinished = false, n <= 0
+	if c.ending {
+		c.writable.Broadcast()
+	}
 	c.setTimer(now)
 	return first
 }

@@ -431,3 +431,27 @@ type closeWaits struct {
 }
 
 func (c closeWaits) Close() error { <-c.release; return c.hostConn.Close() }
+
+// TestLastWordsBehindWriter: what the host has said before it failed reaches the
+// guest also if the Writer is busy with another frame at that time.
+func TestLastWordsBehindWriter(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, h := newRig(t, Config{})
+		g := m.open(1025, fam.at(80))
+		g.connect()
+		far := h.accept()
+		m.setHook(func([]byte) error { m.setHook(nil); time.Sleep(time.Second); return nil })
+		go g.raw("P.", g.nxt+10, g.rcv, nil, []byte("out of order")) // is acknowledged at once
+		synctest.Wait()
+		putText(t, far, "last words")
+		synctest.Wait()
+		far.abort()
+		g.expect(".")
+		seg := g.expect(".")
+		if string(seg.payload) != "last words" {
+			t.Errorf("segment %s", g.show(seg))
+		}
+		g.rcv += uint32(len(seg.payload))
+		g.expectRST()
+	})
+}
