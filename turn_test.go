@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -259,10 +260,9 @@ func TestReadEndsItsTurn(t *testing.T) {
 			g.data("x")
 			g.ack() // a turn; the timer is to do the rest
 			const limit = 10 * maxTurn
-			frames := 0
+			var frames atomic.Int32
 			m.setHook(func(frame []byte) error {
-				if _, _, end := tcpHeader(frame); frames < limit { // the guest is fast, and so is who writes
-					frames++
+				if _, _, end := tcpHeader(frame); frames.Add(1) < limit { // the guest is fast, and so is who writes
 					g.must(g.raw(".", g.nxt, end-g.irs, nil, nil))
 					conn.Write(make([]byte, fam.mss))
 				}
@@ -271,7 +271,7 @@ func TestReadEndsItsTurn(t *testing.T) {
 			if err := call(conn); err != nil {
 				t.Fatal(err)
 			}
-			if frames >= limit {
+			if frames.Load() >= limit {
 				t.Errorf("%s sends what others write", name)
 			}
 			time.Sleep(time.Second)
