@@ -50,8 +50,10 @@ var (
 // are handed over in order, one at a time; frames of different flows are handed
 // over concurrently, from any goroutine. No lock is held during the call, so a
 // Writer may call [Stack.HandlePacket] of this or of another Stack, and one that
-// blocks delays its own flow only. It must not call [Stack.Close], which waits for
-// it. The Writer owns the frame unless
+// blocks delays its own flow only, and the HandlePacket that calls it. (Where that
+// is called by the only reader of the guest, a Writer that waits for a guest that
+// waits to be read, both with full sockets, waits for ever: it rather drops the frame,
+// or queues it.) It must not call [Stack.Close], which waits for it. The Writer owns the frame unless
 // [Config.ReuseFrames] is set. An error means that this frame was lost.
 type Writer func(frame []byte) error
 

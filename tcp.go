@@ -251,10 +251,14 @@ func (s *Stack) connect(ctx context.Context, f Flow) (net.Conn, error) {
 		}
 	}
 	host, err := s.cfg.Dial(ctx, f.Network, f.Destination.String())
-	if err == nil {
-		s.count(flowsDialed)
+	switch {
+	case err != nil:
+		return nil, err
+	case host == nil:
+		return nil, errors.New("Dial returned neither a connection nor an error")
 	}
-	return host, err
+	s.count(flowsDialed)
+	return host, nil
 }
 
 // answer is what a guest is told of a flow that could not be opened.

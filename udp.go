@@ -1074,6 +1074,9 @@ func (m *udpMapping) connect(to *destination) net.PacketConn {
 	f.mu.Unlock()
 
 	conn, err := s.cfg.ListenPacket(ctx, [...]string{4: "udp4", 6: "udp6"}[f.key.version], ":0")
+	if err == nil && conn == nil {
+		err = errors.New("ListenPacket returned neither a socket nor an error")
+	}
 	f.mu.Lock()
 	switch {
 	case f.gone:
