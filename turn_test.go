@@ -455,3 +455,91 @@ func TestLastWordsBehindWriter(t *testing.T) {
 		g.expectRST()
 	})
 }
+
+// batchWire carries frames one way between two stacks, as many at once as there
+// are. What finds no room is lost.
+type batchWire struct {
+	frames chan []byte
+	lost   atomic.Int32
+}
+
+func (w *batchWire) write(frames [][]byte) error {
+	for _, frame := range frames {
+		select {
+		case w.frames <- bytes.Clone(frame):
+		default:
+			w.lost.Add(1)
+		}
+		clear(frame) // whatever it holds now is not to be sent again
+	}
+	return nil
+}
+
+// carry gives what comes to a stack, until the wire is closed.
+func (w *batchWire) carry(s *Stack, answers *batchWire) {
+	for frame := range w.frames {
+		packets := [][]byte{frame[14:]}
+		for len(packets) < 100 {
+			select {
+			case frame, ok := <-w.frames:
+				if ok {
+					packets = append(packets, frame[14:])
+					continue
+				}
+			default:
+			}
+			break
+		}
+		s.HandlePackets(0, [6]byte{2}, [6]byte{4}, packets, answers.write)
+	}
+}
+
+// TestBatchesBetweenStacks moves data both ways over several connections at once,
+// and over a wire that loses frames when it is full.
+func TestBatchesBetweenStacks(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		for _, reuse := range []bool{false, true} {
+			a, _ := newRig(t, Config{ReuseFrames: reuse})
+			b, _ := newRig(t, Config{ReuseFrames: reuse, ReceiveBuffer: 64 << 10})
+			toA, toB := &batchWire{frames: make(chan []byte, 200)}, &batchWire{frames: make(chan []byte, 200)}
+			var carriers, ends sync.WaitGroup
+			carriers.Go(func() { toA.carry(a.s, toB) })
+			carriers.Go(func() { toB.carry(b.s, toA) })
+			w := func(frame []byte) error { return toB.write([][]byte{frame}) }
+			if err := a.s.AddRoute(0, netip.PrefixFrom(fam.server, 0), [6]byte{4}, [6]byte{2}, w); err != nil {
+				t.Fatal(err)
+			}
+			l := mustListen(t, b.s, "tcp", fam.at(80).String())
+			data := pattern(1 << 20)
+			exchange := func(c net.Conn) {
+				ends.Go(func() {
+					if _, err := c.Write(data); err != nil {
+						t.Error(err)
+					}
+					c.(*VirtualConn).CloseWrite()
+				})
+				ends.Go(func() {
+					got, err := io.ReadAll(c)
+					if err != nil || !bytes.Equal(got, data) {
+						t.Errorf("%d bytes, %v", len(got), err)
+					}
+				})
+			}
+			for range 4 {
+				c, err := a.s.DialContext(t.Context(), "tcp", fam.at(80).String())
+				if err != nil {
+					t.Fatal(err)
+				}
+				exchange(c)
+				exchange(mustAccept(t, l))
+			}
+			ends.Wait()
+			t.Logf("%d frames lost one way, %d the other", toA.lost.Load(), toB.lost.Load())
+			a.s.Close()
+			b.s.Close()
+			close(toA.frames)
+			close(toB.frames)
+			carriers.Wait()
+		}
+	})
+}
