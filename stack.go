@@ -53,7 +53,9 @@ var (
 // blocks delays its own flow only, and the HandlePacket that calls it. (Where that
 // is called by the only reader of the guest, a Writer that waits for a guest that
 // waits to be read, both with full sockets, waits for ever: it rather drops the frame,
-// or queues it.) It must not call [Stack.Close], which waits for it. The Writer owns the frame unless
+// or queues it.) It must not call [Stack.Close], which waits for it, and it must
+// return: one that panics, or ends its goroutine as t.FailNow does, leaves its flow
+// and Close waiting. The Writer owns the frame unless
 // [Config.ReuseFrames] is set. An error means that this frame was lost.
 type Writer func(frame []byte) error
 

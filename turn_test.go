@@ -543,3 +543,49 @@ func TestBatchesBetweenStacks(t *testing.T) {
 		}
 	})
 }
+
+// TestBatchWriterReenters wires two stacks so that the BatchWriter of one is
+// HandlePackets of the other.
+func TestBatchWriterReenters(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		a, _ := newRig(t, Config{ReuseFrames: true})
+		b, _ := newRig(t, Config{ReuseFrames: true})
+		var toA, toB BatchWriter
+		wire := func(s *Stack, answers *BatchWriter) BatchWriter {
+			return func(frames [][]byte) error {
+				packets := make([][]byte, len(frames))
+				for i, frame := range frames {
+					packets[i] = frame[14:]
+				}
+				return s.HandlePackets(0, [6]byte{2}, [6]byte{4}, packets, *answers)
+			}
+		}
+		toA, toB = wire(a.s, &toB), wire(b.s, &toA)
+		w := func(frame []byte) error { return toB([][]byte{frame}) }
+		if err := a.s.AddRoute(0, netip.PrefixFrom(fam.server, 0), [6]byte{4}, [6]byte{2}, w); err != nil {
+			t.Fatal(err)
+		}
+		l := mustListen(t, b.s, "tcp", fam.at(80).String())
+		go func() {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			io.Copy(c, c)
+			c.Close()
+		}()
+		c, err := a.s.DialContext(t.Context(), "tcp", fam.at(80).String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		data := pattern(8 << 20)
+		go func() {
+			c.Write(data)
+			c.(*VirtualConn).CloseWrite()
+		}()
+		if got, err := io.ReadAll(c); err != nil || !bytes.Equal(got, data) {
+			t.Errorf("%d bytes, %v", len(got), err)
+		}
+		c.Close()
+	})
+}
