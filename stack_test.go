@@ -272,39 +272,6 @@ func TestReuseFrames(t *testing.T) {
 	})
 }
 
-// TestReuseFramesApart: memory of a frame that a Writer looks at is not used for those
-// of another flow meanwhile.
-func TestReuseFramesApart(t *testing.T) {
-	inBubble(t, func(t *testing.T, fam family) {
-		m, h := newRig(t, Config{ReuseFrames: true})
-		g := m.open(1025, fam.at(80))
-		g.connect()
-		far := h.accept()
-		stray := segment{src: netip.AddrPortFrom(fam.guest, 9), dst: fam.at(9), flags: flagA, win: 1}
-		var resets int
-		look := func(reset []byte) error {
-			before := bytes.Clone(reset)
-			for range 3 {
-				far.Write(pattern(100))
-				g.take(100)
-			}
-			if resets++; !bytes.Equal(reset, before) {
-				t.Errorf("a frame has become % x", reset[:min(len(reset), 60)])
-			}
-			return nil
-		}
-		for range 10 {
-			if err := m.s.HandlePacket(0, m.mac, m.gw, stray.packet(), look); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if resets != 10 {
-			t.Errorf("%d resets", resets)
-		}
-		m.s.Close()
-	})
-}
-
 func TestLogger(t *testing.T) {
 	inBubble(t, func(t *testing.T, fam family) {
 		var mu sync.Mutex
