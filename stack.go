@@ -50,8 +50,12 @@ var (
 // are handed over in order, one at a time; frames of different flows are handed
 // over concurrently, from any goroutine. No lock is held during the call, so a
 // Writer may call [Stack.HandlePacket] of this or of another Stack, and one that
-// blocks delays its own flow only. It must not call [Stack.Close], which waits for
-// it. The Writer owns the frame unless
+// blocks delays its own flow only, and the HandlePacket that calls it. (Where that
+// is called by the only reader of the guest, a Writer that waits for a guest that
+// waits to be read, both with full sockets, waits for ever: it rather drops the frame,
+// or queues it.) It must not call [Stack.Close], which waits for it, and it must
+// return: one that panics, or ends its goroutine as t.FailNow does, leaves its flow
+// and Close waiting. The Writer owns the frame unless
 // [Config.ReuseFrames] is set. An error means that this frame was lost.
 type Writer func(frame []byte) error
 
@@ -186,6 +190,21 @@ type Config struct {
 	// ReuseFrames promises that the Writer does not keep a frame after it
 	// returns, and makes the Stack use the memory again.
 	ReuseFrames bool
+
+	// VirtioNetHeader puts a virtio_net_hdr of VIRTIO 1.x, of [VirtioNetHeaderLen]
+	// bytes and little-endian, in front of every frame for the Writer, and leaves work
+	// to whoever takes it: the checksum of TCP (VIRTIO_NET_HDR_F_NEEDS_CSUM), and
+	// cutting a packet of up to 65,535 bytes to segments that fit the MTU
+	// (VIRTIO_NET_HDR_GSO_TCPV4 and TCPV6). It is for guests that have agreed to both:
+	// a virtio device with VIRTIO_NET_F_GUEST_CSUM, GUEST_TSO4 and GUEST_TSO6, or a
+	// Linux TAP device with IFF_VNET_HDR, and 12 by TUNSETVNETHDRSZ.
+	//
+	// HandlePacket takes IP packets all the same: the caller takes the header of
+	// the guest's frames off with that of Ethernet. What it says need not be looked
+	// at. Packets that are longer than the MTU and TCP and UDP checksums that are not
+	// finished are taken with and without VirtioNetHeader, so a guest can be offered
+	// to send such (VIRTIO_NET_F_CSUM, HOST_TSO4 and HOST_TSO6, or TUNSETOFFLOAD).
+	VirtioNetHeader bool
 
 	// Logger is told of flows that are opened, refused and closed, at debug
 	// level, never per packet, and of each at most ten times a second. Nil logs nothing.
@@ -342,7 +361,7 @@ type Stack struct {
 	sweepShares int                           // how many shares there are when those without use are forgotten
 	paths       map[guestKey]path             // where packets must be shorter than the MTU
 	routes      map[uintptr][]route
-	draining    map[*tcpConn]struct{} // gone from flows, still writing to their hosts
+	draining    map[*tcpConn]*time.Timer // gone from flows, still writing to their hosts; the timer of drainTimeout
 
 	fragments     *reassembly.Reassembler
 	fragmentTimer *time.Timer // for the deadline of fragments; set while there are any
@@ -376,7 +395,7 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 		paths:     make(map[guestKey]path),
 		shares:    make(map[uintptr]*share),
 		routes:    make(map[uintptr][]route),
-		draining:  make(map[*tcpConn]struct{}),
+		draining:  make(map[*tcpConn]*time.Timer),
 		fragments: reassembly.New(reassembly.Limits{}),
 	}
 	rand.Read(s.isnSecret[:])
@@ -392,7 +411,8 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 // of an unreadable packet, of w for a frame sent in direct answer, or
 // [ErrStackClosed].
 func (s *Stack) HandlePacket(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte, packet []byte, w Writer) error {
-	return s.handlePacket(packet, &link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace}, nil)
+	l := &link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace, virtio: s.cfg.VirtioNetHeader}
+	return s.handlePacket(packet, l, nil)
 }
 
 // HandlePackets takes several packets, in the order in which the guest sent them,
@@ -401,7 +421,7 @@ func (s *Stack) HandlePacket(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte
 // would be many. Neither packets nor what is in it is kept. The error is the first
 // one; the packets behind it are taken all the same.
 func (s *Stack) HandlePackets(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte, packets [][]byte, w BatchWriter) (first error) {
-	l := &link{guest: clientMAC, gw: gwMAC, batch: w, ns: namespace}
+	l := &link{guest: clientMAC, gw: gwMAC, batch: w, ns: namespace, virtio: s.cfg.VirtioNetHeader}
 	t := turns.Get().(*turn)
 	for _, packet := range packets {
 		if err := s.handlePacket(packet, l, t); err != nil && first == nil {
@@ -428,8 +448,8 @@ func (t *turn) defers(c *tcpConn) bool {
 	if t == nil || c.tcb.Urgent() {
 		return false
 	}
-	if !c.deferred {
-		c.deferred = true
+	if c.turn != t {
+		c.turn = t
 		t.flows = append(t.flows, c)
 	}
 	return true
@@ -437,15 +457,16 @@ func (t *turn) defers(c *tcpConn) bool {
 
 // end has every flow answer. The error is the first of a Writer.
 func (t *turn) end() (first error) {
-	now := time.Now()
 	for _, c := range t.flows {
 		c.mu.Lock()
-		c.deferred = false
+		if c.turn == t {
+			c.turn = nil
+		}
 		if c.gone {
 			c.mu.Unlock()
 			continue
 		}
-		if err := c.flushTurn(now, maxTurn); err != nil && first == nil {
+		if err := c.flushTurn(time.Now(), maxTurn); err != nil && first == nil {
 			first = err
 		}
 	}
@@ -607,7 +628,8 @@ func (s *Stack) AddRoute(namespace uintptr, prefix netip.Prefix, clientMAC, gwMA
 	if w == nil {
 		return fmt.Errorf("slirp: AddRoute: no Writer")
 	}
-	r := route{prefix.Masked(), link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace}}
+	l := link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace, virtio: s.cfg.VirtioNetHeader}
+	r := route{unmapPrefix(prefix).Masked(), l}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed.Load() {
@@ -621,6 +643,14 @@ func (s *Stack) AddRoute(namespace uintptr, prefix netip.Prefix, clientMAC, gwMA
 	}
 	s.routes[namespace] = append(s.routes[namespace], r)
 	return nil
+}
+
+// maxPacket is the length of the longest IP packet that is sent.
+func (s *Stack) maxPacket() int {
+	if s.cfg.VirtioNetHeader {
+		return maxIPLength
+	}
+	return s.cfg.MTU
 }
 
 // slabLen is the memory that frames are cut from, of a size that the allocator
@@ -669,8 +699,12 @@ func (s *Stack) getSlab() *slab {
 
 func (s *Stack) putSlab(b *slab) { s.slabs.Put(b) }
 
-// newFrame returns memory for a frame of n bytes.
+// newFrame returns memory for a frame of n bytes. Nothing says when the Writer has
+// had it, so it shares none with frames whose memory is used again.
 func (s *Stack) newFrame(n int) []byte {
+	if s.cfg.ReuseFrames {
+		return make([]byte, n)
+	}
 	b := s.getSlab()
 	b.grow(n)
 	f := b.free[:n:n]

@@ -25,6 +25,10 @@ type Link struct {
 	Stack  *slirp.Stack
 	Device io.ReadWriter // a frame per call; Write may be called concurrently
 
+	// VirtioNet says that each frame has a virtio_net_hdr in front of it, as the
+	// stack was told by its Config.
+	VirtioNet bool
+
 	// Loss is the probability with which a frame is lost, each way.
 	Loss float64
 
@@ -56,13 +60,18 @@ func (l *Link) Lost() int {
 }
 
 func (l *Link) receive(frame []byte) error {
+	var header []byte
+	if l.VirtioNet {
+		n := min(len(frame), slirp.VirtioNetHeaderLen)
+		header, frame = make([]byte, n), frame[n:]
+	}
 	if len(frame) < 14 || l.lose() {
 		return nil
 	}
 	switch binary.BigEndian.Uint16(frame[12:]) {
 	case 0x0806:
 		if reply := arpReply(frame); reply != nil {
-			return l.Send(reply)
+			return l.Send(append(header, reply...))
 		}
 	case 0x0800, 0x86dd:
 		return l.Stack.HandlePacket(0, [6]byte(frame[6:]), GatewayMAC, frame[14:], l.Send)
@@ -129,8 +138,8 @@ func (f *Framed) Read(buf []byte) (int, error) {
 	if _, err := io.ReadFull(f.Conn, buf[:4]); err != nil {
 		return 0, err
 	}
-	n := int(binary.BigEndian.Uint32(buf))
-	if n > len(buf) {
+	n := binary.BigEndian.Uint32(buf)
+	if uint64(n) > uint64(len(buf)) {
 		return 0, io.ErrShortBuffer
 	}
 	return io.ReadFull(f.Conn, buf[:n])
