@@ -434,21 +434,47 @@ func TestSoakCycles(t *testing.T) {
 	t.Logf("%d host connections, %d refused", st.FlowsDialed, st.FlowsRefused)
 }
 
-// settle waits until no connection is left, the guest has a new stack, and the old one
-// is closed.
+// settle waits until no connection is left, and gives the guest a new stack. The old
+// one stays until then: an acknowledgment that it still owes is lost with it.
 func (p *soakPair) settle() {
 	p.t.Helper()
-	p.client.Close()
 	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		st := p.server.Stats()
 		if st.TCPFlows == 0 && st.UDPFlows == 0 && st.TimeWait == 0 && st.PendingDials == 0 {
 			break
 		}
 		if time.Now().After(end) {
-			p.t.Fatalf("flows are left: %+v", st)
+			p.t.Fatalf("flows are left: %+v\n%s\n%.5000s", st, p.server.describe(), otherGoroutines())
 		}
 	}
+	p.client.Close()
 	p.client = p.newClient(netip.MustParseAddr("10.0.2.15"))
+}
+
+// describe tells what the connections of a Stack are doing.
+func (s *Stack) describe() (text string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, f := range s.flows {
+		if c, ok := f.(*tcpConn); ok {
+			text += c.describe() + "\n"
+		}
+	}
+	for c := range s.draining {
+		text += "draining: " + c.describe() + "\n"
+	}
+	return text
+}
+
+func (c *tcpConn) describe() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	text := fmt.Sprintf("%v to %v, emitting %v pumping %v readDone %v writeDone %v writeErr %v gone %v timer %v", c.key.guestEnd(), c.key.hostEnd(),
+		c.emitting, c.pumping, c.readDone, c.writeDone, c.writeErr, c.gone, c.timerAt)
+	if c.tcb != nil {
+		text += fmt.Sprintf(" %v, deadline %v, %d bytes to read, unsent %v", c.tcb.State(), c.tcb.Deadline(), c.tcb.Buffered(), c.tcb.Unsent())
+	}
+	return text
 }
 
 // TestSoakTraffic has guests do everything at once for a while, with real sockets.
