@@ -591,7 +591,6 @@ func TestS10_Trickle(t *testing.T) {
 
 // TestS10_Orphan has the program close such a connection.
 func TestS10_Orphan(t *testing.T) {
-	fails(t, "S10")
 	underAttack(t, Config{}, func(t *testing.T, a *attack) {
 		g, c := a.trickling()
 		putText(t, c, string(pattern(1<<20)))
@@ -716,6 +715,8 @@ func (a *attack) duplicateACKs(sack bool) (first, all, again int64) {
 	return first, all, again
 }
 
+// TestS15_DuplicateACKs: a duplicate says that a segment has left the network, and there
+// are no more of those than were sent.
 func TestS15_DuplicateACKs(t *testing.T) {
 	for _, sack := range []bool{false, true} {
 		t.Run(fmt.Sprintf("SACK %v", sack), func(t *testing.T) {
@@ -724,23 +725,12 @@ func TestS15_DuplicateACKs(t *testing.T) {
 				if again > 1 {
 					t.Errorf("%d segments were sent again", again)
 				}
-				if first != 10_000 || all > 2<<20 {
-					t.Errorf("%d bytes at first, %d in all", first, all)
+				if first != 10_000 || all > 2*first+2000 {
+					t.Errorf("duplicates of one ACK had %d bytes go, after %d", all-first, first)
 				}
 			})
 		})
 	}
-}
-
-// TestS15_Inflation: a duplicate says that a segment has left the network, and there are
-// no more of those than were sent.
-func TestS15_Inflation(t *testing.T) {
-	fails(t, "S15")
-	underAttack(t, Config{}, func(t *testing.T, a *attack) {
-		if first, all, _ := a.duplicateACKs(false); all > 2*first+2000 {
-			t.Errorf("duplicates of one ACK had %d bytes go, after %d", all-first, first)
-		}
-	})
 }
 
 func TestS16_Strays(t *testing.T) {

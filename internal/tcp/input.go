@@ -283,7 +283,7 @@ func (t *TCB) acked(now time.Time, ack int64, seg *Segment) {
 		t.reno.cwnd = t.reno.ssthresh
 	}
 	slow := t.loss.phase == phaseRTO
-	ended := t.loss.advance(ack, n, t.mss())
+	ended := t.loss.advance(ack, t.snd.nxt, n, t.mss())
 	t.takeBlocks(seg)
 	switch {
 	case ended && !slow:
@@ -304,7 +304,8 @@ func (t *TCB) acked(now time.Time, ack int64, seg *Segment) {
 	if ack == t.snd.nxt {
 		t.loss.release()
 	}
-	if t.orphan && t.armed(timerEnd) {
+	if t.orphan && t.armed(timerEnd) && (ack >= t.orphanGoal || ack > t.sendBuf.end) {
+		t.orphanGoal = ack + orphanBytes
 		t.arm(timerEnd, now, orphanTime)
 	}
 	if t.finQueued && ack > t.sendBuf.end {

@@ -116,7 +116,6 @@ type TCB struct {
 	loss    lossState
 	timing  bool // a segment is being timed: timedSeq, timedAt
 	retries int  // retransmissions of the segment at una
-	probes  int  // window probes without an answer
 	timers  [numTimers]time.Time
 
 	timestamps bool // negotiated
@@ -128,8 +127,10 @@ type TCB struct {
 	lastSend   time.Time // of data
 	limitedAt  int64     // nxt when cwnd last held data back
 	challenged time.Time // when the last challenge ACK was sent
+	probedAt   time.Time // when the first window probe was sent that has no answer; zero: all have
 
 	keepProbes     int
+	orphanGoal     int64 // of an orphan: what is to be acknowledged until timerEnd
 	persistBackoff uint8
 	tailWanted     bool   // timerTail is to be set anew
 	finQueued      bool   // the application has written its last byte
@@ -382,7 +383,7 @@ func (t *TCB) Close(now time.Time) {
 		return
 	}
 	t.CloseWrite()
-	t.orphan = true
+	t.orphan, t.orphanGoal = true, t.snd.una+orphanBytes
 	if t.state != TimeWait && t.state != Closed {
 		t.arm(timerEnd, now, orphanTime)
 	}

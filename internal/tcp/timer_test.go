@@ -200,7 +200,7 @@ func TestT139Replace(t *testing.T) {
 }
 
 // T136: a connection that its application has left lasts as long as it makes
-// progress, and a minute.
+// progress, and a minute. S10: a little now and then is none.
 func TestT136Orphan(t *testing.T) {
 	for _, s := range []State{FinWait1, FinWait2, Closing, LastAck, CloseWait, Established} {
 		h := inState(t, s)
@@ -223,8 +223,11 @@ func TestT136Orphan(t *testing.T) {
 	h.write(100_000)
 	h.shut()
 	for h.snd.una < 100_001 {
+		h.want(FinWait1)
 		h.advance(orphanTime - sec)
-		h.in(fmt.Sprintf(". 1 ack %d", min(h.snd.una+1000, 100_001)))
+		for goal := min(h.snd.una+orphanBytes, 100_001); h.snd.una < goal; {
+			h.in(fmt.Sprintf(". 1 ack %d", min(h.snd.una+1000, h.snd.nxt, 100_001)))
+		}
 	}
 	h.want(FinWait1)
 	h.in(". 1 ack 100002")
@@ -233,6 +236,22 @@ func TestT136Orphan(t *testing.T) {
 	h.want(FinWait2)
 	h.advance(1)
 	h.wantClosed(TimedOut)
+	// A byte of a closed window at a time, or all but the last byte of what counts.
+	for _, crumb := range []int64{1, orphanBytes / 6} {
+		h = established(t, plain)
+		h.in(". 1 ack 1 win 0")
+		h.write(100_000)
+		h.shut()
+		for range 5 {
+			h.advance(11 * sec)
+			h.in(fmt.Sprintf(". 1 ack %d win %d", h.snd.nxt, crumb))
+			h.want(FinWait1)
+		}
+		h.advance(5*sec - 1)
+		h.want(FinWait1)
+		h.advance(1)
+		h.wantClosed(TimedOut)
+	}
 	// The FIN of the peer in time.
 	h = inState(t, FinWait2)
 	h.shut()
