@@ -67,7 +67,10 @@
 // guest slows the host. The guest's FIN becomes CloseWrite on the host connection
 // after the last byte (Close, if the connection has no CloseWrite); the host's
 // EOF becomes a FIN. A reset on either side becomes a reset on the other, after
-// what the window lets pass at once.
+// what the window lets pass at once. While the buffer is full the host is not read
+// from, so every 2 s the operating system is asked if it was reset (not on Windows, and
+// not about a connection of Dial that is no *net.TCPConn: there the guest has to take
+// what is in the buffer first).
 //
 // A guest that is silent for TCPIdleTimeout is probed every 5 s; after three
 // probes without an answer both sides are reset. A guest that answers keeps its

@@ -379,9 +379,36 @@ func (c *tcpConn) waitWritable() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for !c.gone && c.tcb.Free() == 0 && c.tcb.State() != tcp.Closed {
+		if c.out.OK() && c.lookAt.IsZero() {
+			now := time.Now()
+			c.lookAt = now.Add(lookInterval)
+			c.setTimer(now)
+		}
+		c.readWaits = true
 		c.writable.Wait()
+		c.readWaits = false
 	}
 	return !c.gone
+}
+
+// lookInterval is the time between two looks at a host that is not read from.
+const lookInterval = 2 * time.Second
+
+// lookAtHost has a flow end whose host has failed while nothing is read from it, for
+// want of room: only a guest that takes what is there would have it read otherwise. It
+// is called with c.mu held, so that nobody reads meanwhile: the error that it finds is
+// told once, and a read would take what follows for the end of the data.
+func (c *tcpConn) lookAtHost(now time.Time) {
+	switch {
+	case c.lookAt.IsZero() || now.Before(c.lookAt):
+	case !c.readWaits:
+		c.lookAt = time.Time{}
+	case c.out.Failure() != nil:
+		c.readDone = true
+		c.tcb.Abort()
+	default:
+		c.lookAt = now.Add(lookInterval)
+	}
 }
 
 // hostEnded tells the guest that the host's side has ended: with a FIN after the

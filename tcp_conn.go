@@ -48,6 +48,8 @@ type tcpConn struct {
 	out         hostio.Writer // of host
 	heldUntil   time.Time     // when bytes that wait for more are written; zero: none do
 	pumping     bool          // a goroutine writes to host
+	readWaits   bool          // for room in the send buffer
+	lookAt      time.Time     // when host is looked at, which is not read from; zero: it is not
 	readDone    bool          // host has nothing more to say
 	writeDone   bool          // nothing more is written to host
 	writeErr    bool          // host takes no more bytes
@@ -204,6 +206,9 @@ func (c *tcpConn) setTimer(now time.Time) {
 	if !c.heldUntil.IsZero() && (d.IsZero() || c.heldUntil.Before(d)) {
 		d = c.heldUntil
 	}
+	if !c.lookAt.IsZero() && (d.IsZero() || c.lookAt.Before(d)) && !c.gone {
+		d = c.lookAt
+	}
 	if c.unfinished {
 		d = now
 	}
@@ -244,6 +249,7 @@ func (c *tcpConn) onTimer() {
 	c.timerAt = time.Time{}
 	now := time.Now()
 	c.tcb.Advance(now)
+	c.lookAtHost(now)
 	c.flushTurn(now, maxTurn)
 }
 
