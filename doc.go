@@ -136,7 +136,9 @@
 // # Limits
 //
 // Memory follows need: an idle flow holds no buffer, rings grow to SendBuffer and
-// ReceiveBuffer and go back when they are empty. Flows, dials under way, and
+// ReceiveBuffer and go back when they are empty. All of them in a namespace hold
+// MaxBuffered at most: the more there is, the less of what is left has the next one to
+// take, down to 8 KiB. Then hosts are read from less, and guests see smaller windows. Flows, dials under way, and
 // half-open connections are bounded per namespace or listener (see [Config]), and
 // so are connections in TIME-WAIT (4,096 for each namespace), remembered guest addresses
 // (4,096 for each namespace), guests behind a smaller MTU (1,024 in all), and ICMP errors and resets for segments of no connection

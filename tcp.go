@@ -239,6 +239,7 @@ func (c *tcpConn) run(ctx context.Context) {
 	}
 	c.opening, c.host, c.out = nil, host, hostio.NewWriter(host)
 	c.tcb = tcp.NewPassive(cfg, now, &o.syn)
+	c.tcb.UseMemory(c.memory)
 	c.flush(now)
 	c.readHost()
 }
@@ -341,13 +342,13 @@ const (
 // buffer is lent to each read, as long as the last ones made use of it, and only
 // while there is something to read.
 func (c *tcpConn) readHost() {
-	size, lent := minRead, 0
+	size, lent, starved := minRead, 0, false
 	r := hostio.NewReader(c.host,
 		func() []byte {
 			c.mu.Lock()
 			defer c.mu.Unlock()
 			p := c.tcb.Reserve(size)
-			lent = len(p)
+			lent, starved = len(p), len(p) == 0
 			return p
 		},
 		func() {
@@ -356,9 +357,14 @@ func (c *tcpConn) readHost() {
 			c.tcb.Commit(0)
 		})
 	for c.waitWritable() {
+		starved = false
 		n, err := r.Read()
 		c.mu.Lock()
 		c.tcb.Commit(n)
+		if starved && c.tcb.State() != tcp.Closed {
+			c.mu.Unlock()
+			continue // other flows have just taken the memory
+		}
 		switch {
 		case n == lent:
 			size = min(2*size, maxRead)
@@ -519,6 +525,9 @@ func (c *tcpConn) nextForHost() []byte {
 		c.closedWhole = !canHalf
 	}
 	readDone, gone := c.readDone, c.gone
+	if gone {
+		c.tcb.Release()
+	}
 	c.mu.Unlock()
 	switch {
 	case end && canHalf && !readDone:

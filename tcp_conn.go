@@ -19,6 +19,8 @@ type tcpConn struct {
 	stack *Stack
 	key   flowKey
 
+	memory *tcp.Memory // of the namespace, set once, with stack.mu held
+
 	// Guarded by stack.mu.
 	listener  *Listener     // that waits for the handshake, or for Accept
 	opened    time.Time     // when the SYN came
@@ -117,6 +119,9 @@ func (c *tcpConn) flushTurn(now time.Time, frames int) error {
 	err := c.emit(now, frames)
 	reason := c.tcb.Reason()
 	drain := c.gone && c.pumping
+	if c.gone && !c.pumping {
+		c.tcb.Release()
+	}
 	c.mu.Unlock()
 	c.react(ev, reason, unread)
 	if drain {
@@ -297,6 +302,9 @@ func (c *tcpConn) forget() {
 		c.timer.Stop()
 	}
 	drain := c.pumping
+	if c.tcb != nil && !drain {
+		c.tcb.Release()
+	}
 	c.mu.Unlock()
 	c.stack.remove(&c.key, c)
 	if drain {

@@ -271,7 +271,7 @@ func (t *TCB) acked(now time.Time, ack int64, seg *Segment) {
 	t.retries = 0
 	t.disarm(timerRexmt) // Output starts it again if something is outstanding
 	// A quarter of the buffer: a writer that is woken for every ACK writes crumbs.
-	if t.blocked && t.sendBuf.free() >= t.sendBuf.max/4 && t.canSend() {
+	if t.blocked && t.sendBuf.free() >= t.sendBuf.room()/4 && t.canSend() {
 		t.blocked = false
 		t.events |= EventWritable
 	}

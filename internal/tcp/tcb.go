@@ -157,6 +157,7 @@ func newTCB(cfg Config, now time.Time) *TCB {
 	t.snd.mss = int64(min(cfg.MSS, cfg.DefaultMSS))
 	t.rcv.nxt, t.rcv.acked, t.rcv.adv = 1, 1, 1 // the peer's SYN has offset 0
 	t.rcv.scale = scaleFor(cfg.ReceiveBuffer)
+	t.recvBuf.ring.least = max(2<<minRingBits, int64(4)<<t.rcv.scale) // a window to speak of, rounded up
 	t.rtt.rto = initialRTO
 	t.synDue = true
 	return t
@@ -218,6 +219,18 @@ func (t *TCB) mss() int64 {
 	}
 	return t.snd.mss
 }
+
+// UseMemory has the buffers be part of m. Without a call nothing but their own sizes
+// bounds them. Where m has nothing left the send buffer is full earlier and the window
+// smaller, and what has been promised before may be dropped when it comes; but every
+// buffer may hold 8 KiB, so that data goes on to move.
+func (t *TCB) UseMemory(m *Memory) {
+	t.sendBuf.ring.use(m)
+	t.recvBuf.ring.use(m)
+}
+
+// Release ends UseMemory. What has arrived can still be read, but counts no more.
+func (t *TCB) Release() { t.UseMemory(nil) }
 
 // State returns the state of the connection.
 func (t *TCB) State() State { return t.state }
@@ -298,7 +311,9 @@ func (t *TCB) Reserve(n int) []byte {
 	if t.Free() == 0 {
 		return nil
 	}
-	return t.sendBuf.reserve(int64(n))
+	p := t.sendBuf.reserve(int64(n))
+	t.blocked = len(p) == 0
+	return p
 }
 
 // Commit queues the first n bytes of what Reserve lent.
