@@ -362,6 +362,7 @@ func (l *lossState) advance(una, nxt, n, mss int64) (ended bool) {
 // remembered. The congestion window stays (RFC 8201 section 5.4): this is no
 // sign of congestion.
 func (t *TCB) PathMTU(now time.Time, mss int, seq uint32) bool {
+	now = t.clock(now)
 	off, size := t.snd.seq.unwrap(seq, t.snd.una), max(int64(mss), mssFloor)
 	if !t.synchronized() || t.state == TimeWait || off < t.snd.una || off >= t.snd.nxt || size >= t.snd.mss {
 		return false

@@ -9,6 +9,7 @@ import "time"
 // Output writes the segment that is due, with checksum 0, to buf and returns its
 // length; 0 when nothing is due. buf needs MaxHeaderLen and a segment's payload.
 func (t *TCB) Output(now time.Time, buf []byte) int {
+	now = t.clock(now)
 	switch {
 	case t.rstDue:
 		return t.outputReset(now, buf)

@@ -122,6 +122,7 @@ type TCB struct {
 	tsRecent   uint32
 	tsRecentAt time.Time // when tsRecent was set
 	start      time.Time // zero of the timestamp clock
+	latest     time.Time // the latest time that was told: see clock
 	timedSeq   int64
 	timedAt    time.Time
 	lastSend   time.Time // of data
@@ -150,7 +151,7 @@ type TCB struct {
 }
 
 func newTCB(cfg Config, now time.Time) *TCB {
-	t := &TCB{cfg: cfg, start: now}
+	t := &TCB{cfg: cfg, start: now, latest: now}
 	t.snd.seq = seqSpace(cfg.ISS)
 	t.sendBuf = sendBuf{base: firstByte, end: firstByte, max: int64(cfg.SendBuffer)}
 	t.recvBuf = recvBuf{base: firstByte, nxt: firstByte, max: int64(cfg.ReceiveBuffer)}
@@ -161,6 +162,17 @@ func newTCB(cfg Config, now time.Time) *TCB {
 	t.rtt.rto = initialRTO
 	t.synDue = true
 	return t
+}
+
+// clock returns now, or the latest time that was told before. Several goroutines drive
+// a connection in turn, and have read the clock before their turn: time would go back,
+// and with it the timestamps, for which the peer would drop segments (RFC 7323 section 5).
+func (t *TCB) clock(now time.Time) time.Time {
+	if now.Before(t.latest) {
+		return t.latest
+	}
+	t.latest = now
+	return now
 }
 
 // scaleFor returns the smallest shift with which a window field holds n.
@@ -390,6 +402,7 @@ func (t *TCB) CloseRead() {
 // has not read reset the connection (RFC 2525 section 2.17), as do any that
 // arrive later. The rest goes on without it, for a bounded time.
 func (t *TCB) Close(now time.Time) {
+	now = t.clock(now)
 	if t.state == Closed || t.orphan {
 		return
 	}

@@ -67,6 +67,7 @@ func (t *TCB) Deadline() time.Time {
 
 // Advance runs the timers whose time has come.
 func (t *TCB) Advance(now time.Time) {
+	now = t.clock(now)
 	for i := range t.timers {
 		if at := t.timers[i]; at.IsZero() || at.After(now) {
 			continue

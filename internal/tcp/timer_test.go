@@ -128,6 +128,74 @@ func TestT143KeepAlive(t *testing.T) {
 	h.wantClosed(None)
 }
 
+// Whatever shows that the peer is alive counts: probes of a window that is closed,
+// which lie below it, and data that has come before, when our ACKs are lost.
+func TestKeepAliveSigns(t *testing.T) {
+	signs := map[string]string{
+		"a window probe":                ". 10 ack 1",
+		"a window probe with a byte":    ". 11:12 ack 1",
+		"a keep-alive with a byte":      ". 10:11 ack 1",
+		"data again":                    ". 1:11 ack 1",
+		"an old ACK":                    ". 5 ack 1",
+		"data at the edge":              ". 11:21 ack 1",
+		"an answer":                     ". 11 ack 1",
+		"a FIN behind a closed window":  "F. 11 ack 1",
+		"an acknowledgment of the past": ". 11 ack 0",
+	}
+	for name, sign := range signs {
+		h := established(t, plain, buffers(4096, 10), keepAlive(60*sec, 5*sec, 3))
+		h.silent = true
+		h.in(". 1:11 ack 1") // nobody reads: the window is closed
+		for range 20 {
+			h.advance(30 * sec)
+			h.in(sign)
+			if h.state == Closed {
+				break
+			}
+		}
+		if h.state == Closed {
+			t.Errorf("%s is no sign of life: %v", name, h.reason)
+		}
+	}
+	// What a stranger may have sent does not.
+	for name, sign := range map[string]string{
+		"an ACK of what was not sent":     ". 11 ack 100",
+		"an ACK of the far past":          ". 11 ack -200000",
+		"a reset":                         "R 12",
+		"data far behind the window":      ". 100000:100010 ack 1",
+		"an old segment with such an ACK": ". 1:11 ack 100",
+	} {
+		h := established(t, plain, buffers(4096, 10), keepAlive(60*sec, 5*sec, 3))
+		h.silent = true
+		h.in(". 1:11 ack 1")
+		for range 20 {
+			h.advance(10 * sec)
+			h.in(sign)
+		}
+		if h.state != Closed {
+			t.Errorf("%s is a sign of life", name)
+		}
+	}
+}
+
+// Those who drive a TCB read the clock before they have it to themselves, so it may
+// come to them in another order. Timestamps never go back (RFC 7323 section 5.4), or
+// the peer would drop what is behind them, and no round trip takes less than no time.
+func TestClockGoesBack(t *testing.T) {
+	h := established(t, "<mss 1460,ts 100 0>")
+	h.advance(sec)
+	h.write(1000)
+	h.now = h.now.Add(-100 * ms) // pull checks the timestamps
+	h.write(1000)
+	h.drain()
+	h.in(". 1 ack 2001 <ts 100 1000>")
+	if h.rtt.min < 0 || h.rtt.srtt < 0 {
+		t.Errorf("%+v", h.rtt)
+	}
+	h.in(". 1:11 ack 2001 <ts 101 1000>", ". 1:11 ack 2001 <ts 102 1000>")
+	h.expect(". 2001 ack 11")
+}
+
 // T129, T137, T138: TIME-WAIT.
 func TestT137TimeWait(t *testing.T) {
 	h := established(t, plain)
