@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"log/slog"
+	"math"
 	"net"
 	"net/netip"
 	"sync"
@@ -109,6 +110,14 @@ type Config struct {
 	// each direction. Default 1 MiB each; at least 4096, at most 1 GiB. Memory
 	// is taken as it is needed: an idle flow holds none.
 	SendBuffer, ReceiveBuffer int
+
+	// MaxBuffered bounds the bytes that all TCP flows of one namespace hold in such
+	// buffers. No buffer grows beyond a sixteenth of what is left, so that flows that
+	// hold theirs for ever leave some to the others; but each may hold 8 KiB whatever
+	// the others do. Where memory is short a host is read from less, and a guest's
+	// window is smaller. Default 32 times SendBuffer and ReceiveBuffer together, at
+	// least 64 MiB; negative: no limit.
+	MaxBuffered int
 
 	// TCPIdleTimeout is how long a TCP flow may be silent before the guest is
 	// probed (keep-alive, every 5 s, 3 times); a guest that does not answer
@@ -293,6 +302,7 @@ func (cfg Config) withDefaults() (Config, error) {
 	def(&cfg.MTU, 1500)
 	def(&cfg.SendBuffer, 1<<20)
 	def(&cfg.ReceiveBuffer, 1<<20)
+	def(&cfg.MaxBuffered, max(64<<20, int(min(32*(int64(cfg.SendBuffer)+int64(cfg.ReceiveBuffer)), math.MaxInt))))
 	def(&cfg.MaxTCPFlows, 16384)
 	def(&cfg.MaxUDPFlows, 4096)
 	def(&cfg.MaxPendingDials, 256)
