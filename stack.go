@@ -107,7 +107,7 @@ type Config struct {
 	MTU int
 
 	// SendBuffer and ReceiveBuffer bound the bytes held for one TCP flow in
-	// each direction. Default 1 MiB each; at least 4096, at most 1 GiB. Memory
+	// each direction. Default 1 MiB each; at least 4096, at most 512 MiB. Memory
 	// is taken as it is needed: an idle flow holds none.
 	SendBuffer, ReceiveBuffer int
 
@@ -323,15 +323,22 @@ func (cfg Config) withDefaults() (Config, error) {
 	return cfg, cfg.validate()
 }
 
+// A buffer has memory of a power of two that is above its size, which has to have a
+// length on machines of 32 bits.
+const (
+	minBuffer = 4096
+	maxBuffer = 512 << 20
+)
+
 func (cfg *Config) validate() error {
 	if cfg.MTU < 1280 || cfg.MTU > 65535 {
 		return fmt.Errorf("slirp: Config.MTU: %d is not between 1280 and 65535", cfg.MTU)
 	}
-	if cfg.SendBuffer < 4096 || cfg.SendBuffer > 1<<30 {
-		return fmt.Errorf("slirp: Config.SendBuffer: %d is not between 4096 and 1 GiB", cfg.SendBuffer)
+	if cfg.SendBuffer < minBuffer || cfg.SendBuffer > maxBuffer {
+		return fmt.Errorf("slirp: Config.SendBuffer: %d is not between 4096 and 512 MiB", cfg.SendBuffer)
 	}
-	if cfg.ReceiveBuffer < 4096 || cfg.ReceiveBuffer > 1<<30 {
-		return fmt.Errorf("slirp: Config.ReceiveBuffer: %d is not between 4096 and 1 GiB", cfg.ReceiveBuffer)
+	if cfg.ReceiveBuffer < minBuffer || cfg.ReceiveBuffer > maxBuffer {
+		return fmt.Errorf("slirp: Config.ReceiveBuffer: %d is not between 4096 and 512 MiB", cfg.ReceiveBuffer)
 	}
 	if cfg.UDPMapping != UDPMappingPerFlow && cfg.UDPMapping != UDPMappingEndpoint {
 		return fmt.Errorf("slirp: Config.UDPMapping: %d is unknown", cfg.UDPMapping)
