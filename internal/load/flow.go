@@ -3,8 +3,8 @@
 // that do the same work beside it ([Socket]). It knows nothing of the network
 // between guest and server, so that several can be compared.
 //
-// A Flow is not TCP: it retransmits nothing and copies nothing, on a link that loses
-// nothing. Its packets are made beforehand, it answers on the goroutine that brings
+// A Flow is hardly TCP: it copies nothing, and has no need to mend what a link loses
+// that loses nothing. Its packets are made beforehand, it answers on the goroutine that brings
 // a frame, and it wakes nobody but the benchmark when all is done. What is measured
 // is the network, not the guest.
 package load
@@ -12,6 +12,7 @@ package load
 import (
 	"encoding/binary"
 	"errors"
+	"math"
 	"net/netip"
 	"sync"
 	"time"
@@ -48,20 +49,22 @@ type Flow struct {
 	pure     [][]byte // an ACK
 	small    [][]byte // a request
 
-	mu     sync.Mutex
-	room   sync.Cond // the window has need bytes
-	need   int64     // what Upload waits for; 0: nothing
-	open   bool      // the SYN-ACK has come
-	err    error     // why the connection is over
-	nxt    uint32    // the next byte to send
-	edge   uint32    // of the peer's window
-	scale  uint8     // of the peer's window
-	rcv    uint32    // the next byte to come
-	owed   int       // segments to acknowledge
-	target uint32    // when rcv is there,
-	then   func()    // this is done, once
-	end    func(error)
-	done   chan error // what end is for methods that wait
+	mu           sync.Mutex
+	room         sync.Cond // for Upload
+	left         int64     // bytes that Upload has to send
+	waits, stuck bool      // Upload waits for room; it has waited for too long
+	open         bool      // the SYN-ACK has come
+	err          error     // why the connection is over
+	una, nxt     uint32    // the first byte that is not acknowledged, the next to send
+	edge         uint32    // of the peer's window
+	largest      uint32    // that the peer's window was so far
+	scale        uint8     // of the peer's window
+	rcv          uint32    // the next byte to come
+	owed         int       // segments to acknowledge
+	target       uint32    // when rcv is there,
+	then         func()    // this is done, once
+	end          func(error)
+	done         chan error // what end is for methods that wait
 }
 
 // NewFlow returns the guest's end of a connection from src to dst, on a link that
@@ -120,17 +123,21 @@ func (f *Flow) Upload(n int64) error {
 	if err := f.request(f.newRequest(), command{opUpload, n}); err != nil {
 		return err
 	}
-	for n > 0 {
-		k, err := f.waitRoom(n)
+	f.mu.Lock()
+	f.left = n
+	f.mu.Unlock()
+	for {
+		n, err := f.waitRoom()
 		if err != nil {
 			return err
 		}
-		if err := f.Send(f.next(k, k == n)); err != nil {
+		if n == 0 {
+			return <-f.done
+		}
+		if err := f.Send(f.next(n)); err != nil {
 			return err
 		}
-		n -= k
 	}
-	return <-f.done
 }
 
 // Download receives n bytes from the server.
@@ -244,7 +251,10 @@ func Exchanges(open func(port uint16) *Flow, n, parallel int) error {
 // Next returns the next n full segments, which are to be sent in this order. It
 // asks for no window: the caller knows that the receiver has room. They are valid
 // until the next call.
-func (f *Flow) Next(n int) [][]byte { return f.next(int64(n*f.mss), false) }
+func (f *Flow) Next(n int) [][]byte {
+	f.left = math.MaxInt64
+	return f.next(int64(n * f.mss))
+}
 
 // ACK returns a segment without data, valid until something comes.
 func (f *Flow) ACK() []byte {
@@ -255,10 +265,12 @@ func (f *Flow) ACK() []byte {
 }
 
 // next makes the segments with the next n bytes, no more than data has.
-func (f *Flow) next(n int64, push bool) [][]byte {
+func (f *Flow) next(n int64) [][]byte {
 	f.mu.Lock()
 	seq, ack := f.nxt, f.rcv
 	f.nxt += uint32(n)
+	f.left -= n
+	push := f.left == 0
 	f.mu.Unlock()
 	out := f.out[:0]
 	for i := 0; n > 0; i++ {
@@ -285,21 +297,55 @@ func (f *Flow) full(i int) []byte {
 	return f.data[i]
 }
 
-// waitRoom waits until the window has room for a segment with some of n bytes, and
-// returns for how many segments at a time.
-func (f *Flow) waitRoom(n int64) (int64, error) {
+// waitRoom waits until a segment with some of what is left may be sent, and returns
+// how many bytes may: 0 when all of them are acknowledged.
+func (f *Flow) waitRoom() (int64, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	mss := int64(f.mss)
-	for f.err == nil && f.free() < min(n, mss) {
-		f.need = min(n, mss)
+	for f.err == nil && !f.hasRoom() {
+		f.waits = true
+		una := f.una
+		t := time.AfterFunc(retransmitTime, func() { f.goBack(una) })
 		f.room.Wait()
+		t.Stop()
 	}
-	k := min(n, f.free(), mss*int64(len(f.data)))
-	if k < n {
-		k -= k % mss
+	n := min(f.left, f.free(), mss*int64(len(f.data)))
+	if f.stuck {
+		n = min(f.left, max(n, 1)) // a window that is closed is probed
 	}
-	return k, f.err
+	f.waits, f.stuck = false, false
+	if n > mss && n < f.left {
+		n -= n % mss
+	}
+	return n, f.err
+}
+
+// hasRoom reports whether the window has room for a full segment, or half of itself
+// (RFC 9293 section 3.8.6.2.1). A peer that has everything and still does not open its
+// window gets what it takes: it may wait for that.
+func (f *Flow) hasRoom() bool {
+	if f.left == 0 {
+		return f.una == f.nxt
+	}
+	return f.free() >= min(f.left, int64(f.mss), int64(f.largest)/2) ||
+		f.una == f.nxt && f.free() > 0 || f.stuck
+}
+
+// retransmitTime is how long a peer may be silent. The link loses nothing, but a peer
+// may drop what it has no room for.
+const retransmitTime = 200 * time.Millisecond
+
+// goBack has everything sent again that is not acknowledged, if una is still the
+// first of it.
+func (f *Flow) goBack(una uint32) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.waits && f.una == una {
+		f.left += int64(f.nxt - una)
+		f.nxt, f.stuck = una, true
+	}
+	f.room.Signal()
 }
 
 func (f *Flow) free() int64 { return int64(int32(f.edge - f.nxt)) }
@@ -354,12 +400,15 @@ func (f *Flow) Note(seg []byte, n int) {
 		return
 	}
 	win <<= f.scale
+	if int32(ack-f.una) > 0 {
+		f.una = ack
+	}
 	if edge := ack + win; int32(edge-f.edge) > 0 {
-		f.edge = edge
-		if f.need > 0 && f.free() >= f.need {
-			f.need = 0
-			f.room.Signal()
-		}
+		f.edge, f.largest = edge, max(f.largest, win)
+	}
+	if f.waits && f.hasRoom() {
+		f.waits = false
+		f.room.Signal()
 	}
 	data := n - header
 	fin := flags & flagFIN
@@ -380,7 +429,7 @@ func (f *Flow) noteSYN(options []byte, seq, ack, win uint32) {
 	if f.open {
 		return
 	}
-	f.open, f.nxt, f.edge = true, ack, ack+win
+	f.open, f.una, f.nxt, f.edge, f.largest = true, ack, ack, ack+win, win
 	f.rcv, f.target = seq+1, seq+1
 	for len(options) > 1 {
 		switch {

@@ -14,6 +14,8 @@ type Conn interface {
 	Upload(n int64) error
 	Download(n int64) error
 	RoundTrips(took []time.Duration) error
+	Park() error
+	Release()
 }
 
 // Cost is what something takes: time, and that of all processors together.
@@ -127,6 +129,12 @@ func (s *Socket) RoundTrips(took []time.Duration) error {
 	}
 	return nil
 }
+
+// Park has the server keep the connection and do nothing for it any more.
+func (s *Socket) Park() error { return s.request(command{opPark, 0}, 1) }
+
+// Release gives up the buffer, which is taken again when it is needed.
+func (s *Socket) Release() { s.piece = nil }
 
 // SocketExchanges is Exchanges with plain sockets.
 func SocketExchanges(to netip.AddrPort, n, parallel int) error {
