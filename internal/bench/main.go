@@ -30,7 +30,6 @@ import (
 	"runtime"
 	"runtime/pprof"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/KarpelesLab/slirp/internal/load"
@@ -113,25 +112,23 @@ func main() {
 		check(pprof.StartCPUProfile(f))
 		defer pprof.StopCPUProfile()
 	}
-	out := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintf(out, "%s, GOMAXPROCS %d\t", runtime.Version(), runtime.GOMAXPROCS(0))
+	fmt.Printf("%-45s", fmt.Sprintf("%s, GOMAXPROCS %d", runtime.Version(), runtime.GOMAXPROCS(0)))
 	for _, n := range networks {
-		fmt.Fprintf(out, "%s\t", n.name)
+		fmt.Printf("%12s", n.name)
 		if n.setUp != nil {
-			fmt.Fprintf(out, "/raw\tCPU/raw\t")
+			fmt.Printf("%7s%9s", "/raw", "CPU/raw")
 		}
 	}
-	fmt.Fprintln(out, "slirp/gvisor\tbatch/gvisor\t")
+	fmt.Printf("%14s%14s\n", "slirp/gvisor", "batch/gvisor")
 	for _, r := range rows() {
 		if strings.Contains(r.name, *only) {
-			printRow(out, r)
+			printRow(r)
 		}
 	}
-	check(out.Flush())
 }
 
 // printRow runs a row with every network in turn and prints it.
-func printRow(out *tabwriter.Writer, r row) {
+func printRow(r row) {
 	values, costs := make([]float64, len(networks)), make([]load.Cost, len(networks))
 	turns := *rounds
 	if r.once {
@@ -147,20 +144,20 @@ func printRow(out *tabwriter.Writer, r row) {
 			costs[i] = costs[i].Add(c)
 		}
 	}
-	fmt.Fprintf(out, "%s, %s\t", r.name, r.unit)
+	fmt.Printf("%-45s", r.name+", "+r.unit)
 	for i := range networks {
-		fmt.Fprintf(out, "%s\t", number("%.4g", values[i]))
+		fmt.Printf("%12s", number("%.4g", values[i]))
 		if i > 0 {
-			fmt.Fprintf(out, "%s\t%s\t", number("%.2f", values[i]/values[0]),
+			fmt.Printf("%7s%9s", number("%.2f", values[i]/values[0]),
 				number("%.2f", float64(costs[i].CPU)/float64(costs[0].CPU)))
 		}
 	}
 	for i := range networks {
 		if networks[i].name != "raw" && networks[i].name != "gvisor" {
-			fmt.Fprintf(out, "%s\t", number("%.2fx", r.better(values[i], values[len(values)-1])))
+			fmt.Printf("%14s", number("%.2fx", r.better(values[i], values[len(values)-1])))
 		}
 	}
-	fmt.Fprintln(out)
+	fmt.Println()
 }
 
 // number is a number as it is printed, of which there may be none: not every network
@@ -194,7 +191,7 @@ func dial(setUp func(int) network, mtu, n int) (conns []load.Conn, end func()) {
 	net := setUp(mtu)
 	for i := range n {
 		f := net.open(uint16(1024+i), s.Addr())
-		check(f.Connect())
+		check(f.Open())
 		conns = append(conns, f)
 	}
 	return conns, func() {

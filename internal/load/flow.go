@@ -105,6 +105,19 @@ func (f *Flow) Connect() error {
 	return <-f.done
 }
 
+// Open does the handshake, and returns when the server has answered a first request:
+// from here on there is nothing on the way to it that is not ready for data.
+func (f *Flow) Open() error {
+	err := f.connect(func() {
+		f.expect(commandLen, f.finish)
+		f.request(f.newRequest(), command{opEcho, 0})
+	})
+	if err != nil {
+		return err
+	}
+	return <-f.done
+}
+
 func (f *Flow) connect(then func()) error {
 	options := []byte{2, 4, byte(f.mss >> 8), byte(f.mss), 1, 3, 3, windowScale}
 	syn := f.packet(len(options))
