@@ -97,7 +97,10 @@ func (r *benchRig) accept(b testing.TB, port uint16, n int) ([]*load.Flow, []net
 	b.Cleanup(func() { l.Close() })
 	flows, conns := make([]*load.Flow, n), make([]net.Conn, n)
 	for i := range flows {
-		flows[i] = r.connect(b, to, 1)[0]
+		flows[i] = r.open(uint16(1024+i), to)
+		if err := flows[i].Connect(); err != nil {
+			b.Fatal(err)
+		}
 		if conns[i], err = l.Accept(); err != nil {
 			b.Fatal(err)
 		}
@@ -414,7 +417,7 @@ func segments(b *testing.B, flows []*load.Flow, conns []net.Conn) {
 	for i, left := 0, b.N; left > 0; i = (i + 1) % len(flows) {
 		n := min(left, benchBatch)
 		for k := 0; k < n; {
-			packets := flows[i].Next(min(n-k, flows[i].Batch()))
+			packets := flows[i].Next(n - k)
 			if err := flows[i].Send(packets); err != nil {
 				b.Fatal(err)
 			}

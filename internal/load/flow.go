@@ -14,6 +14,7 @@ import (
 	"errors"
 	"math"
 	"net/netip"
+	"runtime"
 	"sync"
 	"time"
 )
@@ -90,9 +91,6 @@ func NewFlow(src, dst netip.AddrPort, mtu, batch int) *Flow {
 
 // MSS returns the bytes in a full segment.
 func (f *Flow) MSS() int { return f.mss }
-
-// Batch returns how many packets are sent at a time.
-func (f *Flow) Batch() int { return len(f.data) }
 
 // Release gives up the memory of packets, which is taken again when it is needed.
 func (f *Flow) Release() { clear(f.data); f.out, f.small = nil, nil }
@@ -261,12 +259,19 @@ func Exchanges(open func(port uint16) *Flow, n, parallel int) error {
 	return first
 }
 
-// Next returns the next n full segments, which are to be sent in this order. It
-// asks for no window: the caller knows that the receiver has room. They are valid
-// until the next call.
+// Next returns the next full segments, at least 1 and n at the most, as the window
+// and the size of a batch allow. They are valid until the next call.
 func (f *Flow) Next(n int) [][]byte {
+	f.mu.Lock()
+	for f.free() < int64(f.mss) { // the goroutine that has the news is about to bring it
+		f.mu.Unlock()
+		runtime.Gosched()
+		f.mu.Lock()
+	}
+	size := int64(f.mss) * min(int64(n), int64(len(f.data)), f.free()/int64(f.mss))
 	f.left = math.MaxInt64
-	return f.next(int64(n * f.mss))
+	f.mu.Unlock()
+	return f.next(size)
 }
 
 // ACK returns a segment without data, valid until something comes.
