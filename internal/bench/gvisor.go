@@ -133,3 +133,5 @@ func (g *gvisorNetwork) Close() error {
 	g.wg.Wait()
 	return nil
 }
+
+func (g *gvisorNetwork) String() string { return fmt.Sprintf("%+v", g.stack.Stats().TCP) }

@@ -40,6 +40,7 @@ type network interface {
 	// open returns a flow of the guest from a port, which is not connected yet.
 	open(port uint16, to netip.AddrPort) *load.Flow
 	Close() error
+	String() string // its state, for when it gets no further
 }
 
 // networks are made anew for each row. Those of slirp are one that takes packets one
@@ -61,14 +62,15 @@ const (
 )
 
 var (
-	size    = flag.Int64("size", 1<<30, "bytes that are moved in each row of uploads and downloads")
-	conns   = flag.Int("conns", 4000, "short connections in each row")
-	trips   = flag.Int("trips", 20000, "requests in each row of round trips")
-	idle    = flag.Int("idle", 1000, "idle flows")
-	rounds  = flag.Int("rounds", 8, "turns in which each row is done")
-	only    = flag.String("only", "", "do only rows whose name contains this")
-	onlyNet = flag.String("network", "", "do only this network: raw, slirp, slirp batch, gvisor")
-	profile = flag.String("cpuprofile", "", "write a CPU profile to this file")
+	size     = flag.Int64("size", 1<<30, "bytes that are moved in each row of uploads and downloads")
+	conns    = flag.Int("conns", 4000, "short connections in each row")
+	trips    = flag.Int("trips", 20000, "requests in each row of round trips")
+	idle     = flag.Int("idle", 1000, "idle flows")
+	rounds   = flag.Int("rounds", 8, "turns in which each row is done")
+	only     = flag.String("only", "", "do only rows whose name contains this")
+	onlyNet  = flag.String("network", "", "do only this network: raw, slirp, slirp batch, gvisor")
+	patience = flag.Duration("patience", 2*time.Minute, "how long a turn may take before the state of its connections is printed")
+	profile  = flag.String("cpuprofile", "", "write a CPU profile to this file")
 )
 
 // row is one line of the table. Its unit is what value returns.
@@ -189,12 +191,19 @@ func dial(setUp func(int) network, mtu, n int) (conns []load.Conn, end func()) {
 		return conns, s.Close
 	}
 	net := setUp(mtu)
+	hangs := time.AfterFunc(*patience, func() {
+		for _, c := range conns {
+			log.Print(c)
+		}
+		log.Fatalf("%T gets no further: %v", net, net)
+	})
 	for i := range n {
 		f := net.open(uint16(1024+i), s.Addr())
 		check(f.Open())
 		conns = append(conns, f)
 	}
 	return conns, func() {
+		hangs.Stop()
 		s.Close()
 		net.Close()
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"net/netip"
 
 	"github.com/KarpelesLab/slirp"
@@ -49,3 +50,5 @@ func (n *slirpNetwork) open(port uint16, to netip.AddrPort) *load.Flow {
 	}
 	return f
 }
+
+func (n *slirpNetwork) String() string { return fmt.Sprintf("%+v", n.Stats()) }

@@ -12,6 +12,7 @@ package load
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"math"
 	"net/netip"
 	"runtime"
@@ -94,6 +95,14 @@ func (f *Flow) MSS() int { return f.mss }
 
 // Release gives up the memory of packets, which is taken again when it is needed.
 func (f *Flow) Release() { clear(f.data); f.out, f.small = nil, nil }
+
+// String tells how far the connection is, for one that gets no further.
+func (f *Flow) String() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return fmt.Sprintf("%v to %v: sent %d of which %d acknowledged, %d left, window %d; received %d, %d missing, %d to acknowledge; err %v",
+		f.src, f.dst, f.nxt, f.una, f.left, f.free(), f.rcv, int32(f.target-f.rcv), f.owed, f.err)
+}
 
 // Connect does the handshake.
 func (f *Flow) Connect() error {
@@ -428,17 +437,19 @@ func (f *Flow) Note(seg []byte, n int) {
 		f.waits = false
 		f.room.Signal()
 	}
-	data := n - header
-	fin := flags & flagFIN
-	switch {
-	case data == 0 && fin == 0:
-	case seq != f.rcv || data < f.mss: // what is out of order, and what may be the last
-		f.owed = 2
-	default:
-		f.owed++
+	data := uint32(n - header)
+	fin := uint32(flags & flagFIN)
+	if data+fin == 0 {
+		return
 	}
-	if seq == f.rcv {
-		f.rcv += uint32(data) + uint32(fin)
+	f.owed++
+	if end := seq + data + fin; seq == f.rcv && int(data) == f.mss {
+		f.rcv = end
+	} else {
+		f.owed = 2 // what is out of order, and what may be the last
+		if int32(f.rcv-seq) >= 0 && int32(end-f.rcv) > 0 {
+			f.rcv = end
+		}
 	}
 }
 
