@@ -32,6 +32,14 @@
 // sends again what was in flight, in shorter segments, and datagrams to that guest
 // leave in shorter fragments for ten minutes.
 //
+// With [Config.VirtioNetHeader] the guest's side of the link completes frames: the
+// TCP flow makes one packet of all that its windows let go at once, up to 65,535 bytes,
+// cut where its segments end; the checksum is left out; and a virtio_net_hdr says both.
+// What is sent, in which order and when, is the same to the byte once the packet is
+// cut, but for a congestion window that grows by what an ACK covers, not by two
+// segments of it, since whoever takes such a packet acknowledges it as one.
+// Retransmissions, and segments that carry SACK blocks, are sent alone.
+//
 // An unreadable IP packet is an error. Everything else that a guest can do
 // wrong is answered as its RFC says, or dropped and counted in [Stats].
 //
@@ -70,7 +78,10 @@
 // guest slows the host. The guest's FIN becomes CloseWrite on the host connection
 // after the last byte (Close, if the connection has no CloseWrite); the host's
 // EOF becomes a FIN. A reset on either side becomes a reset on the other, after
-// what the window lets pass at once.
+// what the window lets pass at once. While the buffer is full the host is not read
+// from, so every 2 s the operating system is asked if it was reset (not on Windows, and
+// not about a connection of Dial that is no *net.TCPConn: there the guest has to take
+// what is in the buffer first).
 //
 // A guest that is silent for TCPIdleTimeout is probed every 5 s; after three
 // probes without an answer both sides are reset. A guest that answers keeps its
@@ -137,7 +148,9 @@
 // # Limits
 //
 // Memory follows need: an idle flow holds no buffer, rings grow to SendBuffer and
-// ReceiveBuffer and go back when they are empty. Flows, dials under way, and
+// ReceiveBuffer and go back when they are empty. All of them in a namespace hold
+// MaxBuffered at most: the more there is, the less of what is left has the next one to
+// take, down to 8 KiB. Then hosts are read from less, and guests see smaller windows. Flows, dials under way, and
 // half-open connections are bounded per namespace or listener (see [Config]), and
 // so are connections in TIME-WAIT (4,096 for each namespace), remembered guest addresses
 // (4,096 for each namespace), guests behind a smaller MTU (1,024 in all), and ICMP errors and resets for segments of no connection

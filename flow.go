@@ -15,6 +15,7 @@ type link struct {
 	w         Writer      // or
 	batch     BatchWriter // one of the two
 	ns        uintptr
+	virtio    bool // Config.VirtioNetHeader
 }
 
 // flowKey names a flow. IPv4 addresses are stored mapped, and the version tells
@@ -81,6 +82,12 @@ func (s *Stack) insert(key *flowKey, f flow) error {
 	}
 	*n++
 	s.flows[*key] = f
+	if c, ok := f.(*tcpConn); ok {
+		c.memory = a.memory
+		if c.tcb != nil { // nobody else has it yet
+			c.tcb.UseMemory(c.memory)
+		}
+	}
 	return nil
 }
 

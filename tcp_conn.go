@@ -19,6 +19,8 @@ type tcpConn struct {
 	stack *Stack
 	key   flowKey
 
+	memory *tcp.Memory // of the namespace, set once, with stack.mu held
+
 	// Guarded by stack.mu.
 	listener  *Listener     // that waits for the handshake, or for Accept
 	opened    time.Time     // when the SYN came
@@ -48,6 +50,8 @@ type tcpConn struct {
 	out         hostio.Writer // of host
 	heldUntil   time.Time     // when bytes that wait for more are written; zero: none do
 	pumping     bool          // a goroutine writes to host
+	readWaits   bool          // for room in the send buffer
+	lookAt      time.Time     // when host is looked at, which is not read from; zero: it is not
 	readDone    bool          // host has nothing more to say
 	ending      bool          // host has failed, and its last words wait for emitting to be false
 	writeDone   bool          // nothing more is written to host
@@ -117,6 +121,9 @@ func (c *tcpConn) flushTurn(now time.Time, frames int) error {
 	err := c.emit(now, frames)
 	reason := c.tcb.Reason()
 	drain := c.gone && c.pumping
+	if c.gone && !c.pumping {
+		c.tcb.Release()
+	}
 	c.mu.Unlock()
 	c.react(ev, reason, unread)
 	if drain {
@@ -143,13 +150,13 @@ func (c *tcpConn) emit(now time.Time, n int) (first error) {
 	// A reset, the last word, is not left to a timer, which the flow has no more.
 	for (n > 0 || c.tcb.State() == tcp.Closed) && c.build(now, b, max(n, 1)) {
 		n -= len(b.frames)
-		l, stale := c.link, now.Sub(c.learned) >= learnEvery
+		l, stale, mss := c.link, now.Sub(c.learned) >= learnEvery, c.tcb.SegmentSize()
 		c.mu.Unlock()
 		if stale {
 			l = s.presentLink(c.key.guestKey(), l)
 		}
 		for _, frame := range b.frames {
-			finishFrame(frame, &l, c.key.version, protoTCP, c.key.host, c.key.guest)
+			finishSegment(frame, &l, c.key.version, c.key.host, c.key.guest, mss)
 		}
 		if err := s.sendAll(&l, b.frames); err != nil && first == nil {
 			first = err
@@ -170,7 +177,7 @@ func (c *tcpConn) emit(now time.Time, n int) (first error) {
 // build cuts frames with the segments that are due from b, up to n of them and as
 // far as its memory goes, and reports whether there are any.
 func (c *tcpConn) build(now time.Time, b *slab, n int) bool {
-	hl, size := frameHeaderLen(c.key.version), etherHeaderLen+c.stack.cfg.MTU
+	hl, size := c.link.headerLen(c.key.version), c.link.front()+etherHeaderLen+c.stack.maxPacket()
 	for b.grow(size); len(b.frames) < n && len(b.free) >= size; {
 		m := c.tcb.Output(now, b.free[hl:size])
 		if m == 0 {
@@ -209,6 +216,9 @@ func (c *tcpConn) setTimer(now time.Time) {
 	d := c.tcb.Deadline()
 	if !c.heldUntil.IsZero() && (d.IsZero() || c.heldUntil.Before(d)) {
 		d = c.heldUntil
+	}
+	if !c.lookAt.IsZero() && (d.IsZero() || c.lookAt.Before(d)) && !c.gone {
+		d = c.lookAt
 	}
 	if c.unfinished {
 		d = now
@@ -250,6 +260,7 @@ func (c *tcpConn) onTimer() {
 	c.timerAt = time.Time{}
 	now := time.Now()
 	c.tcb.Advance(now)
+	c.lookAtHost(now)
 	c.flushTurn(now, maxTurn)
 }
 
@@ -297,6 +308,9 @@ func (c *tcpConn) forget() {
 		c.timer.Stop()
 	}
 	drain := c.pumping
+	if c.tcb != nil && !drain {
+		c.tcb.Release()
+	}
 	c.mu.Unlock()
 	c.stack.remove(&c.key, c)
 	if drain {

@@ -31,6 +31,9 @@ type side struct {
 	noSACK bool          // its SYN does not permit SACK
 	burst  time.Duration // packets wait for the end of such a period, and are taken together; 0: each when it comes
 
+	memory *Memory     // of its buffers
+	others func(i int) // called for the i-th segment that this side sends: what others do with the memory
+
 	size, wrote int64
 	got         int64
 	slow        int       // the application reads at most so many bytes at a time; 0: all
@@ -47,6 +50,9 @@ type side struct {
 // checkOutput checks a segment that this side sends.
 func (s *side) checkOutput(seg *Segment) {
 	s.segments++
+	if s.others != nil {
+		s.others(s.segments)
+	}
 	off := s.snd.seq.unwrap(seg.Seq, s.snd.una)
 	end := off + int64(len(seg.Payload))
 	if len(seg.Payload) > 0 {
@@ -77,7 +83,7 @@ func (s *side) checkOutput(seg *Segment) {
 	}
 }
 
-// flush sends what is due, each segment with a check value.
+// flush sends what is due.
 func (s *side) flush(now time.Time) {
 	for i := 0; ; i++ {
 		n := s.Output(now, s.buf)
@@ -87,23 +93,30 @@ func (s *side) flush(now time.Time) {
 		if i > 5000 {
 			s.t.Fatal("Output does not end")
 		}
-		var seg Segment
-		if !seg.Parse(s.buf[:n]) {
-			s.t.Fatal("bad segment")
+		for _, p := range cut(s.t, s.TCB, s.buf[:n]) {
+			s.send(now, p)
 		}
-		s.checkOutput(&seg)
-		if seg.Flags&SYN != 0 && (s.plain || s.noSACK) {
-			seg.SACKPermitted = false
-			if s.plain {
-				seg.HasTimestamps, seg.HasScale = false, false
-			}
-			n = seg.MarshalHeader(s.buf)
-		}
-		s.out.Send(now, binary.BigEndian.AppendUint32(s.buf[:n:n+4], crc32.ChecksumIEEE(s.buf[:n])))
 	}
 	if s.strict {
 		checkState(s.t, s.TCB)
 	}
+}
+
+// send sends a segment with a check value.
+func (s *side) send(now time.Time, p []byte) {
+	var seg Segment
+	if !seg.Parse(p) {
+		s.t.Fatal("bad segment")
+	}
+	s.checkOutput(&seg)
+	if seg.Flags&SYN != 0 && (s.plain || s.noSACK) {
+		seg.SACKPermitted = false
+		if s.plain {
+			seg.HasTimestamps, seg.HasScale = false, false
+		}
+		p = p[:seg.MarshalHeader(p)]
+	}
+	s.out.Send(now, binary.BigEndian.AppendUint32(p[:len(p):len(p)], crc32.ChecksumIEEE(p)))
 }
 
 // receive takes a packet of the peer, unless it is corrupt.
@@ -118,6 +131,7 @@ func (s *side) receive(now time.Time, p []byte) {
 	}
 	if s.TCB == nil {
 		s.TCB = NewPassive(s.cfg, now, &seg)
+		s.UseMemory(s.memory)
 	} else {
 		s.Input(now, &seg)
 	}
@@ -239,9 +253,10 @@ func transfer(t *testing.T, a, b *side) time.Duration {
 	for i, s := range []*side{a, b} {
 		s.t, s.stream = t, byte(i+1)
 		s.peer = []*side{b, a}[i]
-		s.buf = make([]byte, MaxHeaderLen+s.cfg.MSS+4)
+		s.buf = make([]byte, MaxHeaderLen+max(s.cfg.MSS, s.cfg.Offload))
 	}
 	a.TCB = NewActive(a.cfg, epoch)
+	a.UseMemory(a.memory)
 	var received time.Duration
 	for now := epoch; ; {
 		a.turn(now)
@@ -288,7 +303,7 @@ func TestTransfer(t *testing.T) {
 	}
 	isns := []uint32{0, 0x7fff0000, 0x80000000, 0xffff0000, 0xffffffff} // T012
 	for name, link := range links {
-		for mode := range 8 {
+		for mode := range 16 {
 			t.Run(fmt.Sprintf("%s/%d", strings.ReplaceAll(name, " ", "_"), mode), func(t *testing.T) {
 				t.Parallel()
 				link := link
@@ -297,10 +312,14 @@ func TestTransfer(t *testing.T) {
 					a.cfg, b.cfg = testConfig(), testConfig()
 					a.cfg.ISS, b.cfg.ISS = isn, isns[(round+mode)%len(isns)]
 					a.cfg.MSS = []int{1460, 1460, 536, 9000}[mode%4]
-					if mode >= 4 {
+					if mode%8 >= 4 {
 						buffers(20_000, 30_000)(&a.cfg)
 						buffers(70_000, 10_000)(&b.cfg)
 						b.slow = 3000
+					}
+					if mode >= 8 {
+						offload(a.cfg.MSS * 10)(&a.cfg)
+						offload(65455)(&b.cfg)
 					}
 					link.Seed = uint64(10*round + mode)
 					a.out = netsim.New(link)
@@ -313,6 +332,78 @@ func TestTransfer(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestTransferMemory moves data both ways while there is little memory for buffers, none
+// but what nobody can take away, and now more, now less. All of it comes back.
+func TestTransferMemory(t *testing.T) {
+	links := map[string]netsim.Config{
+		"delay":      {Delay: 20 * ms},
+		"loss":       {Delay: 5 * ms, Loss: 0.05},
+		"reordering": {Delay: 20 * ms, Reorder: 0.1, ReorderDelay: 3 * ms},
+		"bottleneck": {Delay: 5 * ms, Rate: 10_000_000, Queue: 30_000},
+	}
+	for name, link := range links {
+		for _, size := range []int64{0, 64 << 10, 1 << 20} {
+			for _, mss := range []int{1460, 9000, 60_000} {
+				t.Run(fmt.Sprintf("%s/%d/%d", name, size, mss), func(t *testing.T) {
+					t.Parallel()
+					link := link
+					memory := NewMemory(size)
+					a, b := &side{size: 300_000, strict: true, memory: memory}, &side{size: 300_000, strict: true, memory: memory}
+					a.cfg, b.cfg = testConfig(), testConfig()
+					a.cfg.MSS, b.cfg.ReceiveBuffer = mss, 1<<28 // a window scale of 13
+					b.slow = 3000
+					taken := int64(0)
+					a.others = func(i int) {
+						if i%7 == 0 {
+							memory.take(size - 2*taken)
+							taken = size - taken
+						}
+						if n := memory.Held() - taken; n > size+2<<minRingBits+2*(4<<13) {
+							t.Fatalf("%d bytes are held", n)
+						}
+					}
+					link.Seed = uint64(mss)
+					a.out = netsim.New(link)
+					link.Seed++
+					b.out = netsim.New(link)
+					t.Logf("%v", transfer(t, a, b))
+					a.Abort()
+					b.Abort()
+					if n := memory.Held() - taken; n != 0 {
+						t.Errorf("%d bytes are held in the end", n)
+					}
+				})
+			}
+		}
+	}
+}
+
+// Bytes that nobody has read count until Release, and can still be read.
+func TestRelease(t *testing.T) {
+	h := established(t, plain)
+	m := NewMemory(1 << 20)
+	h.UseMemory(m)
+	h.in("P. 1:1001 ack 1")
+	h.write(5000)
+	if m.Held() != 4<<10+8<<10 {
+		t.Errorf("%d bytes are held", m.Held())
+	}
+	h.in("R 1001")
+	h.wantClosed(Reset)
+	if m.Held() != 4<<10 {
+		t.Errorf("%d bytes are held at the end", m.Held())
+	}
+	h.Release()
+	h.Release()
+	if m.Held() != 0 {
+		t.Errorf("%d bytes are held after Release", m.Held())
+	}
+	h.read(1000)
+	if m.Held() != 0 {
+		t.Errorf("%d bytes are held in the end", m.Held())
 	}
 }
 
