@@ -560,5 +560,6 @@ var ConformanceTests = map[string]func(*testing.T){
 	"TestVirtualConnCloseUnread":           TestVirtualConnCloseUnread,
 	"TestVirtualConnLinger":                TestVirtualConnLinger,
 	"TestVirtualHours":                     TestVirtualHours,
+	"TestSoakDays":                         TestSoakDays,
 	"TestWindowBehindReordering":           TestWindowBehindReordering,
 }

@@ -596,40 +596,6 @@ func TestTokenBucketConcurrent(t *testing.T) {
 	}
 }
 
-// Whatever follows an ICMP header, nothing panics, and what is sent is sound.
-func FuzzICMP(f *testing.F) {
-	for _, tt := range echoTests {
-		f.Add(tt.packet(patched([]byte(echoBody), 0, tt.request), "ping"))
-	}
-	f.Add(solicit("fd00::2"))
-	f.Add(dadFor("fd00::2"))
-	f.Add(quotedPacket(4, 600))
-	f.Add(quotedPacket(6, 1300))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		var p ipPacket
-		if parseIP(b, &p) != nil || p.fragment || p.badChecksum || p.malformed {
-			return
-		}
-		s := New()
-		l := testLink
-		var frames [][]byte
-		l.w = func(frame []byte) error { frames = append(frames, frame); return nil }
-		if err := s.handleICMP(&p, &l); err != nil {
-			t.Fatal(err)
-		}
-		if len(frames) > 0 {
-			mustReassemble(t, frames, s.cfg.MTU)
-		}
-		frames = nil
-		if err := s.sendUnreachable(unreachableHost, b, &l); err != nil {
-			t.Fatal(err)
-		}
-		if len(frames) > 0 {
-			mustReassemble(t, frames, s.cfg.MTU)
-		}
-	})
-}
-
 // withTTL returns a packet with another TTL or hop limit, and without an IPv4
 // header checksum.
 func withTTL(packet []byte, ttl byte) []byte {

@@ -79,7 +79,8 @@ type kernelRing struct {
 // kernelOptions are the settings of a ring; the zero value has none.
 type kernelOptions struct {
 	slirp.Config
-	loss float64 // of frames, each way
+	loss   float64 // of frames, each way
+	record bool    // the link's Device is a recorder
 }
 
 // eachKernel runs a test against a fresh ring for each IP version.
@@ -132,6 +133,9 @@ func newKernelRing(t *testing.T, f ringFamily, o kernelOptions) *kernelRing {
 	r.stack, err = slirp.NewWithConfig(o.Config)
 	r.must(err)
 	r.link = &ring.Link{Stack: r.stack, Device: tap, Loss: o.loss, VirtioNet: o.VirtioNetHeader}
+	if o.record {
+		r.link.Device = &recorder{ReadWriter: tap}
+	}
 	served := make(chan error)
 	go func() {
 		served <- r.link.Serve(func(err error) {

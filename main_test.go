@@ -11,6 +11,9 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv(soakPeerEnv) != "" {
+		soakPeer()
+	}
 	code := m.Run()
 	if code == 0 && flag.Lookup("test.fuzz").Value.String() == "" {
 		if left := leakedGoroutines(5 * time.Second); left != "" {
