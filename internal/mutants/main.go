@@ -198,7 +198,7 @@ func (m *mutant) run(dir string, timeout time.Duration) (by string, err error) {
 // the one that failed, or "" if none did.
 func testPackage(dir, pkg string, timeout time.Duration) (failed string, err error) {
 	// The tests end themselves; the context is for what they leave behind.
-	ctx, cancel := context.WithTimeout(context.Background(), timeout+time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), timeout+5*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "go", "test", "-short", "-failfast", "-count=1", "-timeout", timeout.String(), pkg)
 	cmd.Dir = dir
@@ -208,6 +208,8 @@ func testPackage(dir, pkg string, timeout time.Duration) (failed string, err err
 	switch {
 	case err == nil:
 		return "", nil
+	case ctx.Err() != nil:
+		return pkg + " does not end", nil
 	case !errors.As(err, &exit):
 		return "", err
 	}

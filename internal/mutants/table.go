@@ -80,7 +80,7 @@ var mutants = []mutant{
 	{"tcp/bad ACK in SYN-RECEIVED", "internal/tcp/input.go", "if ack <= t.snd.una || ack > t.snd.nxt {", "if ack < t.snd.una || ack > t.snd.nxt {", rules},
 	{"tcp/every ACK delayed", "internal/tcp/input.go", "t.rcv.nxt-t.rcv.acked > t.rcv.mss {", "t.rcv.nxt-t.rcv.acked > 4*t.rcv.mss {", rules},
 	{"tcp/no duplicate ACK", "internal/tcp/input.go", "if n == 0 || !inOrder || off < t.rcv.nxt-n {", "if !inOrder || off < t.rcv.nxt-n {", rules},
-	{"tcp/half-close by Close with unread bytes", "internal/tcp/tcb.go", "if t.Buffered() > 0 {\n\t\tt.Abort()\n\t\treturn\n\t}", "", rules},
+	{"tcp/half-close by Close with unread bytes", "internal/tcp/tcb.go", "if t.Buffered() > 0 && t.state != TimeWait {\n\t\tt.Abort()\n\t\treturn\n\t}", "", rules},
 	{"tcp/peer's MSS above ours", "internal/tcp/tcb.go", "min(max(int64(syn.MSS), mssFloor), int64(t.cfg.MSS))", "max(int64(syn.MSS), mssFloor)", rules},
 	{"tcp/timestamps not asked for", "internal/tcp/tcb.go", "t.timestamps = t.timestamps && syn.HasTimestamps", "t.timestamps = true", rules},
 	{"tcp/SACK not asked for", "internal/tcp/tcb.go", "t.loss.sack = t.loss.sack && syn.SACKPermitted", "t.loss.sack = true", rules},

@@ -64,9 +64,9 @@ func (t *TCB) inputTimeWait(now time.Time, seg *Segment) {
 		t.enterTimeWait(now)
 		return
 	}
-	// An acceptable ACK without text has no answer, or two ends in TIME-WAIT would go
-	// on to answer each other.
-	if seg.Flags&(SYN|ACK) == ACK && seg.Len() == 0 && t.acceptable(off, 0) && t.pawsOK(now, seg) {
+	// What is acceptable and has no text has no answer, or two ends in TIME-WAIT would
+	// go on to answer each other.
+	if seg.Len() == 0 && t.acceptable(off, 0) && t.pawsOK(now, seg) {
 		t.noteTimestamp(now, off, seg)
 		return
 	}

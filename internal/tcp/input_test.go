@@ -278,7 +278,7 @@ func TestFINGrid(t *testing.T) {
 // TIME-WAIT would go on to answer each other.
 func TestT137BareACK(t *testing.T) {
 	h := inState(t, TimeWait)
-	for _, seg := range []string{". 2 ack 2", ". 100 ack 2"} {
+	for _, seg := range []string{". 2 ack 2", ". 100 ack 2", "P 2"} {
 		h.in(seg)
 		h.expect()
 	}

@@ -684,6 +684,17 @@ func TestT134Close(t *testing.T) {
 		h.wantClosed(Aborted)
 	}
 	// Other states.
+	h = inState(t, FinWait2)
+	h.in("F. 1:11 ack 2")
+	h.drain()
+	h.shut() // unread, but both sides have said all: there is nobody to reset
+	h.expect()
+	h.in("F. 1:11 ack 2")
+	h.expect(". 2 ack 12")
+	h.want(TimeWait)
+	if h.Buffered() != 0 || h.recvBuf.ring.mem != nil {
+		t.Error("what nobody reads is kept in TIME-WAIT")
+	}
 	h = inState(t, SynSent)
 	h.shut()
 	h.expect()
