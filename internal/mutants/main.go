@@ -5,6 +5,9 @@
 //	go run ./internal/mutants            # all of them, which takes a while
 //	go run ./internal/mutants -run tcp/  # those whose names match
 //	go run ./internal/mutants -check     # only that each can still be put in
+//	go run ./internal/mutants -run conn/ -tests Deadline
+//
+// With -tests only some of the tests are run: who is killed by them is killed.
 //
 // A mutant is killed if a test fails, or does not end. One that survives is a test
 // that is missing; one that cannot be put in, or does not build, is a table that is
@@ -39,6 +42,7 @@ func main() {
 	run := flag.String("run", "", "only mutants whose `name` matches this regular expression")
 	check := flag.Bool("check", false, "only check that the mutants can be put in")
 	timeout := flag.Duration("timeout", 5*time.Minute, "for the tests of one package")
+	tests := flag.String("tests", "", "only tests whose `name` matches this regular expression")
 	flag.Parse()
 	names, err := regexp.Compile(*run)
 	if err != nil {
@@ -58,7 +62,7 @@ func main() {
 	if err != nil {
 		fail(err)
 	}
-	err = runAll(root, dir, names, *timeout)
+	err = runAll(root, dir, names, *tests, *timeout)
 	os.RemoveAll(dir)
 	if err != nil {
 		fail(err)
@@ -111,7 +115,7 @@ func (m *mutant) mutate(src []byte) ([]byte, error) {
 }
 
 // runAll runs the mutants whose names match in a copy of root at dir.
-func runAll(root, dir string, names *regexp.Regexp, timeout time.Duration) error {
+func runAll(root, dir string, names *regexp.Regexp, tests string, timeout time.Duration) error {
 	if err := checkAll(root, mutants); err != nil {
 		return err
 	}
@@ -124,7 +128,7 @@ func runAll(root, dir string, names *regexp.Regexp, timeout time.Duration) error
 			continue
 		}
 		start := time.Now()
-		by, err := m.run(dir, timeout)
+		by, err := m.run(dir, tests, timeout)
 		if err != nil {
 			return fmt.Errorf("%s: %w", m.name, err)
 		}
@@ -172,7 +176,7 @@ func copyTree(dst, src string) error {
 
 // run puts the mutant in the module at dir, runs the tests, and takes it out again.
 // It returns the test that failed, or "" if none did.
-func (m *mutant) run(dir string, timeout time.Duration) (by string, err error) {
+func (m *mutant) run(dir, tests string, timeout time.Duration) (by string, err error) {
 	path := filepath.Join(dir, m.file)
 	src, err := os.ReadFile(path)
 	if err != nil {
@@ -187,20 +191,20 @@ func (m *mutant) run(dir string, timeout time.Duration) (by string, err error) {
 	}
 	defer func() { err = errors.Join(err, os.WriteFile(path, src, 0o644)) }()
 	for pkg := range strings.FieldsSeq(m.tests) {
-		if by, err = testPackage(dir, pkg, timeout); by != "" || err != nil {
+		if by, err = testPackage(dir, pkg, tests, timeout); by != "" || err != nil {
 			return by, err
 		}
 	}
 	return "", nil
 }
 
-// testPackage runs the short tests of a package of the module at dir, and returns
-// the one that failed, or "" if none did.
-func testPackage(dir, pkg string, timeout time.Duration) (failed string, err error) {
+// testPackage runs the short tests whose names match of a package of the module at
+// dir, and returns the one that failed, or "" if none did.
+func testPackage(dir, pkg, tests string, timeout time.Duration) (failed string, err error) {
 	// The tests end themselves; the context is for what they leave behind.
 	ctx, cancel := context.WithTimeout(context.Background(), timeout+5*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "go", "test", "-short", "-failfast", "-count=1", "-timeout", timeout.String(), pkg)
+	cmd := exec.CommandContext(ctx, "go", "test", "-short", "-failfast", "-count=1", "-timeout", timeout.String(), "-run", tests, pkg)
 	cmd.Dir = dir
 	cmd.WaitDelay = time.Second
 	out, err := cmd.CombinedOutput()

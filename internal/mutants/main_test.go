@@ -46,7 +46,7 @@ func TestRun(t *testing.T) {
 		{"changes nothing", "a > b", "a > b", "", true},
 	} {
 		m := mutant{test.name, "toy.go", test.old, test.new, "."}
-		by, err := m.run(dir, 5*time.Second)
+		by, err := m.run(dir, "", 5*time.Second)
 		if by != test.by || (err != nil) != test.fails {
 			t.Errorf("%s: killed by %q, %v; want %q", test.name, by, err, test.by)
 		}
@@ -105,6 +105,16 @@ func TestFailedTest(t *testing.T) {
 		if got := failedTest(test.out); got != test.want {
 			t.Errorf("%s: %q, want %q", test.name, got, test.want)
 		}
+	}
+}
+
+func TestRunSomeTests(t *testing.T) {
+	if testing.Short() {
+		t.Skip("builds a module")
+	}
+	m := mutant{"killed by another", "toy.go", "a > b", "a < b", "."}
+	if by, err := m.run(newToy(t), "TestOther", time.Minute); by != "" || err != nil {
+		t.Errorf("killed by %q, %v, but that test does not run", by, err)
 	}
 }
 

@@ -671,6 +671,9 @@ func TestT134Close(t *testing.T) {
 	h.in(". 101 ack 2")
 	h.want(FinWait2)
 	h.drain()
+	h.in(fmt.Sprintf(". %d:%d ack 2", h.rcv.adv, h.rcv.adv+1)) // not in the window
+	h.expect(". 2 ack 101")
+	h.want(FinWait2)
 	h.in(". 101:201 ack 2")
 	h.expect("R 2")
 	h.wantClosed(Aborted)
