@@ -14,7 +14,8 @@
 // under the flow's lock into its state machine (internal/tcp); what that makes
 // due is pulled out segment by segment, the lock is released, headers and
 // checksums are completed, and the frame goes to the Writer. All of this happens
-// before HandlePacket returns, and nothing of it waits. ICMP echo and neighbour
+// before HandlePacket returns, and nothing of it waits. With [Stack.HandlePackets] a
+// flow answers when all packets have been taken. ICMP echo and neighbour
 // solicitations are answered on the spot for any unicast address (icmp4.go,
 // icmp6.go). Fragments wait until their packet is whole (stack.go,
 // internal/reassembly), which is then handled as if it had come so.
@@ -60,9 +61,11 @@
 //	a timeout, anything else                          reset                        nothing
 //	ErrDrop                                           nothing                      nothing
 //
-// Then there are two independent directions. Bytes of the guest go to the host
-// by a goroutine that exists while there are any; what the host has taken opens
-// the guest's window, so a slow host slows the guest. Bytes of the host are read
+// Then there are two independent directions. Bytes of the guest are written to a
+// TCP socket of the operating system on the packet path, as far as it takes them
+// without waiting, and else by a goroutine that exists while there are any; those that
+// the guest has not pushed wait for more, for a millisecond at most. What the host
+// has taken opens the guest's window, so a slow host slows the guest. Bytes of the host are read
 // straight into the send buffer; while that is full nothing is read, so a slow
 // guest slows the host. The guest's FIN becomes CloseWrite on the host connection
 // after the last byte (Close, if the connection has no CloseWrite); the host's
@@ -121,7 +124,8 @@
 // holds two. No lock is held across a Writer, Allow, Dial, or a host socket. A
 // Writer may therefore call HandlePacket, of this Stack or of another. Frames of
 // one flow leave in order, one at a time: the goroutine that finds another at it
-// leaves its frames to that one. Whoever waits does so on a sync.Cond of the
+// leaves its frames to that one, which takes turns: what it finds beyond 64 frames is
+// for a timer, unless it has itself written the bytes that are sent. Whoever waits does so on a sync.Cond of the
 // flow's lock.
 //
 // # Time

@@ -112,6 +112,15 @@ func versionOf(a netip.Addr) uint16 {
 	return 6
 }
 
+// unmapPrefix returns the prefix of IPv4 that p is if it is one of mapped addresses,
+// and else p.
+func unmapPrefix(p netip.Prefix) netip.Prefix {
+	if a := p.Addr(); a.Is4In6() && p.Bits() >= 96 {
+		return netip.PrefixFrom(a.Unmap(), p.Bits()-96)
+	}
+	return p
+}
+
 // address returns the stack's own address of an IP version, if it has one.
 func (cfg *Config) address(version uint16) (ipAddr, bool) {
 	for _, a := range cfg.Addresses {

@@ -545,7 +545,7 @@ func (c *VirtualConn) Read(b []byte) (int, error) {
 			return 0, nil
 		}
 		if n := f.tcb.Read(b); n > 0 {
-			f.flush(time.Now())
+			f.flushTurn(time.Now(), maxTurn)
 			return n, nil
 		}
 		f.readable.Wait()
@@ -692,7 +692,7 @@ func (c *VirtualConn) shut(op string, do func()) error {
 	do()
 	f.readable.Broadcast()
 	f.writable.Broadcast()
-	f.flush(time.Now())
+	f.flushTurn(time.Now(), maxTurn)
 	return nil
 }
 

@@ -196,7 +196,7 @@ func (s *Stack) drain(c *tcpConn) {
 	s.mu.Lock()
 	_, known := s.draining[c]
 	if !known {
-		s.draining[c] = struct{}{}
+		s.draining[c] = nil
 		if !s.closed.Load() {
 			s.account(c.key.ns).tcp++
 		}
@@ -211,7 +211,16 @@ func (s *Stack) drain(c *tcpConn) {
 	if !pumping {
 		s.drained(c)
 	} else if !known {
-		time.AfterFunc(drainTime, func() { c.drainTimeout(written) })
+		s.watchDrain(c, written)
+	}
+}
+
+// watchDrain has drainTimeout called.
+func (s *Stack) watchDrain(c *tcpConn, written int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.draining[c]; ok {
+		s.draining[c] = time.AfterFunc(drainTime, func() { c.drainTimeout(written) })
 	}
 }
 
@@ -219,14 +228,13 @@ func (s *Stack) drain(c *tcpConn) {
 // bytes.
 func (c *tcpConn) drainTimeout(written int64) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	switch {
-	case !c.pumping:
-	case c.written == written:
+	now := c.written
+	if c.pumping && now == written {
 		c.startReset()
-	default:
-		written = c.written
-		time.AfterFunc(drainTime, func() { c.drainTimeout(written) })
+	}
+	c.mu.Unlock()
+	if now != written {
+		c.stack.watchDrain(c, now)
 	}
 }
 
@@ -234,8 +242,12 @@ func (c *tcpConn) drainTimeout(written int64) {
 func (s *Stack) drained(c *tcpConn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, ok := s.draining[c]; !ok {
+	timer, ok := s.draining[c]
+	if !ok {
 		return
+	}
+	if timer != nil {
+		timer.Stop()
 	}
 	delete(s.draining, c)
 	if !s.closed.Load() { // else the accounts are gone

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -98,6 +99,9 @@ func TestQEMU(t *testing.T) {
 		want = append(want, f.name+" ping ok", f.name+" download "+sum+" -", f.name+" upload received")
 	}
 	stack, err := slirp.NewWithConfig(slirp.Config{
+		// A machine under software emulation may stand still for as long as its host
+		// has other things to do. That a silent guest is given up is tested elsewhere.
+		TCPIdleTimeout: -1,
 		Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
 			if real, ok := loopback[netip.MustParseAddrPort(address).Addr()]; ok {
 				return new(net.Dialer).DialContext(ctx, network, real)
@@ -134,12 +138,16 @@ func TestQEMU(t *testing.T) {
 		"-kernel", kernel.Image, "-initrd", initramfs,
 		"-append", "console=ttyS0 quiet panic=-1",
 		"-netdev", "stream,id=n0,server=off,addr.type=unix,addr.path="+wire.Addr().String(),
-		"-device", "virtio-net-pci,netdev=n0,romfile=,mac="+net.HardwareAddr(ring.GuestMAC[:]).String())
+		// Without mergeable buffers: with them QEMU 7.2 may wait for ever for the guest
+		// to say that it has room again.
+		"-device", "virtio-net-pci,netdev=n0,mrg_rxbuf=off,romfile=,mac="+net.HardwareAddr(ring.GuestMAC[:]).String())
 	vm.Stdout, vm.Stderr = &console, &console
 	start := time.Now()
+	stopWatch := watchProgress(t, stack)
 	if err := ring.Run(vm); err != nil {
 		t.Errorf("qemu: %v", err)
 	}
+	stopWatch()
 	t.Logf("the machine ran for %v", time.Since(start).Round(time.Second))
 	wire.Close()
 	if err := <-served; !errors.Is(err, io.EOF) {
@@ -163,6 +171,32 @@ func TestQEMU(t *testing.T) {
 	if t.Failed() {
 		t.Logf("console:\n%s", &console)
 	}
+}
+
+// watchProgress logs what the stack and every goroutine are at, once, if no packet
+// of the guest has come for a minute. The function that it returns ends that.
+func watchProgress(t *testing.T, stack *slirp.Stack) (stop func()) {
+	const patience = time.Minute
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		last := stack.Stats().PacketsIn
+		for {
+			select {
+			case <-done:
+				return
+			case <-time.After(patience):
+			}
+			st := stack.Stats()
+			if st.PacketsIn == last {
+				buf := make([]byte, 1<<20)
+				t.Logf("no packet for %v: %+v\n%s", patience, st, buf[:runtime.Stack(buf, true)])
+				return
+			}
+			last = st.PacketsIn
+		}
+	})
+	return func() { close(done); wg.Wait() }
 }
 
 // writeInitramfs writes the virtual machine's file system: busybox, the drivers

@@ -50,8 +50,12 @@ var (
 // are handed over in order, one at a time; frames of different flows are handed
 // over concurrently, from any goroutine. No lock is held during the call, so a
 // Writer may call [Stack.HandlePacket] of this or of another Stack, and one that
-// blocks delays its own flow only. It must not call [Stack.Close], which waits for
-// it. The Writer owns the frame unless
+// blocks delays its own flow only, and the HandlePacket that calls it. (Where that
+// is called by the only reader of the guest, a Writer that waits for a guest that
+// waits to be read, both with full sockets, waits for ever: it rather drops the frame,
+// or queues it.) It must not call [Stack.Close], which waits for it, and it must
+// return: one that panics, or ends its goroutine as t.FailNow does, leaves its flow
+// and Close waiting. The Writer owns the frame unless
 // [Config.ReuseFrames] is set. An error means that this frame was lost.
 type Writer func(frame []byte) error
 
@@ -342,7 +346,7 @@ type Stack struct {
 	sweepShares int                           // how many shares there are when those without use are forgotten
 	paths       map[guestKey]path             // where packets must be shorter than the MTU
 	routes      map[uintptr][]route
-	draining    map[*tcpConn]struct{} // gone from flows, still writing to their hosts
+	draining    map[*tcpConn]*time.Timer // gone from flows, still writing to their hosts; the timer of drainTimeout
 
 	fragments     *reassembly.Reassembler
 	fragmentTimer *time.Timer // for the deadline of fragments; set while there are any
@@ -376,7 +380,7 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 		paths:     make(map[guestKey]path),
 		shares:    make(map[uintptr]*share),
 		routes:    make(map[uintptr][]route),
-		draining:  make(map[*tcpConn]struct{}),
+		draining:  make(map[*tcpConn]*time.Timer),
 		fragments: reassembly.New(reassembly.Limits{}),
 	}
 	rand.Read(s.isnSecret[:])
@@ -428,8 +432,8 @@ func (t *turn) defers(c *tcpConn) bool {
 	if t == nil || c.tcb.Urgent() {
 		return false
 	}
-	if !c.deferred {
-		c.deferred = true
+	if c.turn != t {
+		c.turn = t
 		t.flows = append(t.flows, c)
 	}
 	return true
@@ -437,15 +441,16 @@ func (t *turn) defers(c *tcpConn) bool {
 
 // end has every flow answer. The error is the first of a Writer.
 func (t *turn) end() (first error) {
-	now := time.Now()
 	for _, c := range t.flows {
 		c.mu.Lock()
-		c.deferred = false
+		if c.turn == t {
+			c.turn = nil
+		}
 		if c.gone {
 			c.mu.Unlock()
 			continue
 		}
-		if err := c.flushTurn(now, maxTurn); err != nil && first == nil {
+		if err := c.flushTurn(time.Now(), maxTurn); err != nil && first == nil {
 			first = err
 		}
 	}
@@ -607,7 +612,7 @@ func (s *Stack) AddRoute(namespace uintptr, prefix netip.Prefix, clientMAC, gwMA
 	if w == nil {
 		return fmt.Errorf("slirp: AddRoute: no Writer")
 	}
-	r := route{prefix.Masked(), link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace}}
+	r := route{unmapPrefix(prefix).Masked(), link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace}}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed.Load() {
@@ -669,8 +674,12 @@ func (s *Stack) getSlab() *slab {
 
 func (s *Stack) putSlab(b *slab) { s.slabs.Put(b) }
 
-// newFrame returns memory for a frame of n bytes.
+// newFrame returns memory for a frame of n bytes. Nothing says when the Writer has
+// had it, so it shares none with frames whose memory is used again.
 func (s *Stack) newFrame(n int) []byte {
+	if s.cfg.ReuseFrames {
+		return make([]byte, n)
+	}
 	b := s.getSlab()
 	b.grow(n)
 	f := b.free[:n:n]

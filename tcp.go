@@ -251,10 +251,14 @@ func (s *Stack) connect(ctx context.Context, f Flow) (net.Conn, error) {
 		}
 	}
 	host, err := s.cfg.Dial(ctx, f.Network, f.Destination.String())
-	if err == nil {
-		s.count(flowsDialed)
+	switch {
+	case err != nil:
+		return nil, err
+	case host == nil:
+		return nil, errors.New("Dial returned neither a connection nor an error")
 	}
-	return host, err
+	s.count(flowsDialed)
+	return host, nil
 }
 
 // answer is what a guest is told of a flow that could not be opened.
@@ -389,16 +393,19 @@ func (c *tcpConn) waitWritable() bool {
 // returns without it.
 func (c *tcpConn) hostEnded(err error) {
 	c.readDone = true
-	now := time.Now()
 	if (err == io.EOF || c.closedWhole) && !c.writeErr {
 		c.tcb.CloseWrite()
 	} else {
-		c.flush(now) // what was read goes first, as far as the window allows
+		// What was read goes first, as far as the window allows.
+		for c.ending = true; c.emitting && !c.gone; {
+			c.writable.Wait()
+		}
+		c.flush(time.Now())
 		c.mu.Lock()
 		c.tcb.Abort()
 	}
 	done := c.writeDone
-	c.flush(now)
+	c.flush(time.Now())
 	if done {
 		c.host.Close()
 	}
@@ -435,22 +442,26 @@ func (c *tcpConn) toDeliver(now time.Time) bool {
 	return true
 }
 
+// maxDeliver is about what deliver writes: other goroutines may bring more meanwhile.
+const maxDeliver = 256 << 10
+
 // deliver writes the bytes of the guest to the host: here, as far as that does not
 // wait, and else on a goroutine.
 func (c *tcpConn) deliver() {
-	if !c.out.OK() {
-		go c.pump()
-		return
-	}
-	for p := c.nextForHost(); len(p) > 0; p = c.nextForHost() {
-		n, err := c.out.Write(p)
-		c.wrote(n, err)
-		if n < len(p) && err == nil {
-			go c.pump()
+	for left := maxDeliver; left > 0 && c.out.OK(); {
+		p := c.nextForHost()
+		if len(p) == 0 {
+			c.stack.goroutines.Done()
 			return
 		}
+		n, err := c.out.Write(p)
+		c.wrote(n, err)
+		left -= max(n, maxDeliver/64) // many crumbs cost as much
+		if n < len(p) && err == nil {
+			break
+		}
 	}
-	c.stack.goroutines.Done()
+	go c.pump()
 }
 
 // pump writes what the guest has sent to the host, as much at a time as there
@@ -472,7 +483,7 @@ func (c *tcpConn) wrote(n int, err error) {
 	if err != nil {
 		c.hostFailed()
 	}
-	c.flush(time.Now())
+	c.flushTurn(time.Now(), maxTurn)
 }
 
 // nextForHost lends what is to be written to the host next. When there is

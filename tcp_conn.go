@@ -30,10 +30,10 @@ type tcpConn struct {
 	learned    time.Time // when the guest's entry was last refreshed
 	opening    *opening  // while the host is dialed; tcb is nil then
 	tcb        *tcp.TCB
-	gone       bool // the table forgets it: a packet for it belongs to no flow
-	emitting   bool // some goroutine hands frames to the Writer
-	unfinished bool // the last turn has left frames to the timer
-	deferred   bool // it is in the turn of some HandlePackets
+	gone       bool  // the table forgets it: a packet for it belongs to no flow
+	emitting   bool  // some goroutine hands frames to the Writer
+	unfinished bool  // the last turn has left frames to the timer
+	turn       *turn // of the latest HandlePackets that it is to answer at the end of
 	timer      *time.Timer
 	timerAt    time.Time // when timer fires; zero: it does not
 
@@ -49,6 +49,7 @@ type tcpConn struct {
 	heldUntil   time.Time     // when bytes that wait for more are written; zero: none do
 	pumping     bool          // a goroutine writes to host
 	readDone    bool          // host has nothing more to say
+	ending      bool          // host has failed, and its last words wait for emitting to be false
 	writeDone   bool          // nothing more is written to host
 	writeErr    bool          // host takes no more bytes
 	closedWhole bool          // host, which has no CloseWrite, was closed for want of it
@@ -80,7 +81,7 @@ func (c *tcpConn) handle(now time.Time, seg *tcp.Segment, p *ipPacket, l *link, 
 	case c.tcb == nil:
 		err = c.handleOpening(seg, p)
 	case c.tcb.MayReplace(seg):
-		c.mu.Unlock()
+		c.flushTurn(now, maxTurn) // its last segments may wait for the end of a turn
 		c.forget()
 		return false, nil
 	default:
@@ -99,11 +100,12 @@ func (c *tcpConn) handle(now time.Time, seg *tcp.Segment, p *ipPacket, l *link, 
 
 // flush makes everything happen that the last calls of the TCB have brought about.
 // It is called with c.mu held and returns without it. The error is that of the
-// Writer.
+// Writer. It is for whoever has written the bytes that are sent: anyone else may be
+// kept at it for ever, and takes a turn.
 func (c *tcpConn) flush(now time.Time) error { return c.flushTurn(now, math.MaxInt) }
 
-// maxTurn bounds the frames that a guest's packet or a timer sends at a time. An
-// ACK may free any number of them, and other flows wait meanwhile.
+// maxTurn bounds the frames that a guest's packet, a timer or a reader sends at a
+// time. An ACK may free any number of them, and others wait meanwhile.
 const maxTurn = 64
 
 // flushTurn is flush, with a bound on the frames that are sent. The timer does the
@@ -135,10 +137,11 @@ func (c *tcpConn) emit(now time.Time, n int) (first error) {
 		c.setTimer(now)
 		return nil
 	}
-	c.emitting = true
+	c.emitting, c.unfinished = true, false
 	s := c.stack
 	b := s.getSlab()
-	for n > 0 && c.build(now, b, n) {
+	// A reset, the last word, is not left to a timer, which the flow has no more.
+	for (n > 0 || c.tcb.State() == tcp.Closed) && c.build(now, b, max(n, 1)) {
 		n -= len(b.frames)
 		l, stale := c.link, now.Sub(c.learned) >= learnEvery
 		c.mu.Unlock()
@@ -157,6 +160,9 @@ func (c *tcpConn) emit(now time.Time, n int) (first error) {
 	}
 	s.putSlab(b)
 	c.emitting, c.unfinished = false, n <= 0
+	if c.ending {
+		c.writable.Broadcast()
+	}
 	c.setTimer(now)
 	return first
 }
@@ -194,7 +200,7 @@ func (c *tcpConn) pathMTU(size int, seq uint32) (took bool, err error) {
 		return false, nil
 	}
 	c.shortened++
-	return true, c.flush(now)
+	return true, c.flushTurn(now, maxTurn)
 }
 
 // setTimer has onTimer called when the TCB wants it. A deadline that moves away

@@ -1796,3 +1796,24 @@ func TestTimestampsGoOn(t *testing.T) {
 		}
 	})
 }
+
+// TestDialWithoutConnection: a Dial that returns nothing at all has failed.
+func TestDialWithoutConnection(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		for _, mapping := range []UDPMapping{UDPMappingPerFlow, UDPMappingEndpoint} {
+			m, h := newRig(t, Config{
+				UDPMapping:   mapping,
+				ListenPacket: func(context.Context, string, string) (net.PacketConn, error) { return nil, nil },
+			})
+			h.setDial(func(context.Context, Flow) (net.Conn, error) { return nil, nil })
+			g := m.open(1025, fam.at(80))
+			g.syn()
+			g.expectRST()
+			m.mustSend(udpPacket(netip.AddrPortFrom(fam.guest, 1025), fam.at(9), []byte("lost")))
+			synctest.Wait()
+			if st := m.s.Stats(); st.FlowsRefused != 2 || st.FlowsDialed != 0 || st.TCPFlows+st.UDPFlows+st.PendingDials != 0 {
+				t.Errorf("%+v", st)
+			}
+		}
+	})
+}

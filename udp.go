@@ -182,7 +182,10 @@ func (s *Stack) reclaimUDP(ns uintptr, now time.Time) bool {
 		f.mu.Lock()
 		if !f.gone && !f.answered && now.Sub(f.active) >= briefIdle {
 			s.count(flowsReclaimed)
-			f.finish()
+			free := f.leave()
+			s.goroutines.Go(free) // what Dial has returned may block
+			f.mu.Unlock()
+			s.remove(&f.key, f)
 			return true
 		}
 		f.mu.Unlock()
@@ -1071,6 +1074,9 @@ func (m *udpMapping) connect(to *destination) net.PacketConn {
 	f.mu.Unlock()
 
 	conn, err := s.cfg.ListenPacket(ctx, [...]string{4: "udp4", 6: "udp6"}[f.key.version], ":0")
+	if err == nil && conn == nil {
+		err = errors.New("ListenPacket returned neither a socket nor an error")
+	}
 	f.mu.Lock()
 	switch {
 	case f.gone:

@@ -129,8 +129,8 @@ func (f *Framed) Read(buf []byte) (int, error) {
 	if _, err := io.ReadFull(f.Conn, buf[:4]); err != nil {
 		return 0, err
 	}
-	n := int(binary.BigEndian.Uint32(buf))
-	if n > len(buf) {
+	n := binary.BigEndian.Uint32(buf)
+	if uint64(n) > uint64(len(buf)) {
 		return 0, io.ErrShortBuffer
 	}
 	return io.ReadFull(f.Conn, buf[:n])
