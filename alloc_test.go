@@ -36,8 +36,9 @@ func (f *steadyFlow) give(b *testing.T, p []byte) {
 
 // newSteadyFlow connects to a listener. Checksums are left out, as a guest with a
 // virtual network card may.
-func newSteadyFlow(t *testing.T, fam family, payload int) *steadyFlow {
-	m, _ := newRig(t, Config{ReuseFrames: true, TCPIdleTimeout: -1})
+func newSteadyFlow(t *testing.T, fam family, payload int, cfg Config) *steadyFlow {
+	cfg.ReuseFrames, cfg.TCPIdleTimeout = true, -1
+	m, _ := newRig(t, cfg)
 	l := mustListen(t, m.s, "tcp", fam.at(80).String())
 	g := m.open(1025, fam.at(80))
 	g.connect()
@@ -82,7 +83,7 @@ func TestAllocations(t *testing.T) {
 				t.Errorf("%s: %v allocations, want %v", name, n, limit)
 			}
 		}
-		f := newSteadyFlow(t, fam, fam.mss)
+		f := newSteadyFlow(t, fam, fam.mss, Config{})
 		buf := make([]byte, 64<<10)
 		measure("a data segment that is read at once", 0, func() {
 			f.give(t, f.packet)

@@ -32,6 +32,14 @@
 // sends again what was in flight, in shorter segments, and datagrams to that guest
 // leave in shorter fragments for ten minutes.
 //
+// With [Config.VirtioNetHeader] the guest's side of the link completes frames: the
+// TCP flow makes one packet of all that its windows let go at once, up to 65,535 bytes,
+// cut where its segments end; the checksum is left out; and a virtio_net_hdr says both.
+// What is sent, in which order and when, is the same to the byte once the packet is
+// cut, but for a congestion window that grows by what an ACK covers, not by two
+// segments of it, since whoever takes such a packet acknowledges it as one.
+// Retransmissions, and segments that carry SACK blocks, are sent alone.
+//
 // An unreadable IP packet is an error. Everything else that a guest can do
 // wrong is answered as its RFC says, or dropped and counted in [Stats].
 //

@@ -223,6 +223,33 @@ func ExampleUDPMapping() {
 	// Output: true
 }
 
+// A guest with a virtio network card gets, and sends, up to 64 KiB at a time.
+func ExampleConfig_virtioNetHeader() {
+	gateway := [6]byte{0x52, 0x54, 0x00, 0x12, 0x34, 0x57}
+	toGuest := func(frame []byte) error {
+		fmt.Printf("% x: %d bytes of Ethernet\n", frame[:slirp.VirtioNetHeaderLen], len(frame)-slirp.VirtioNetHeaderLen)
+		return nil
+	}
+	stack, err := slirp.NewWithConfig(slirp.Config{VirtioNetHeader: true})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer stack.Close()
+	fromGuest := func(frame []byte) error {
+		frame = frame[slirp.VirtioNetHeaderLen:]
+		return stack.HandlePacket(0, [6]byte(frame[6:12]), gateway, frame[14:], toGuest)
+	}
+
+	header := make([]byte, slirp.VirtioNetHeaderLen)
+	ethernet := "\x52\x54\x00\x12\x34\x57\x52\x54\x00\x12\x34\x56\x08\x00"
+	ping := "\x45\x00\x00\x1c\x00\x00\x00\x00\x40\x01\x00\x00\x0a\x00\x02\x0f\x0a\x00\x02\x02" + "\x08\x00\x00\x00\x00\x01\x00\x01"
+	if err := fromGuest(append(header, ethernet+ping...)); err != nil {
+		log.Fatal(err)
+	}
+	// Output:
+	// 00 00 00 00 00 00 00 00 00 00 01 00: 42 bytes of Ethernet
+}
+
 // get fetches a page as a guest of the stack.
 func get(stack *slirp.Stack, url string) string {
 	guest, err := slirp.NewWithConfig(slirp.Config{

@@ -15,6 +15,7 @@ type link struct {
 	w         Writer      // or
 	batch     BatchWriter // one of the two
 	ns        uintptr
+	virtio    bool // Config.VirtioNetHeader
 }
 
 // flowKey names a flow. IPv4 addresses are stored mapped, and the version tells

@@ -258,6 +258,7 @@ type machine struct {
 	udp    []udpMessage
 	kept   []keptFrame
 	frames int
+	supers int // frames of several segments
 	faults int
 	sent   [][]byte // packets given to the Stack, if record is set
 	record bool
@@ -350,7 +351,7 @@ func (m *machine) write(frame []byte) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.frames++
-	if err := m.take(bytes.Clone(frame), lost != nil); err != nil && !m.ended && m.faults < 3 {
+	if err := m.receive(bytes.Clone(frame), lost != nil); err != nil && !m.ended && m.faults < 3 {
 		m.faults++
 		m.t.Errorf("frame %d: %x…\n%v", m.frames, frame[:min(len(frame), 54)], err)
 	}
@@ -368,6 +369,101 @@ func (m *machine) write(frame []byte) error {
 	close(m.arrive)
 	m.arrive = make(chan struct{})
 	return nil
+}
+
+// receive is what a network card does before take: it completes the frame, and cuts
+// it to segments, as the header in front of it says.
+func (m *machine) receive(frame []byte, lost bool) error {
+	if !m.s.cfg.VirtioNetHeader {
+		return m.take(frame, lost)
+	}
+	frames, err := cutFrame(frame)
+	if len(frames) > 1 {
+		m.supers++
+	}
+	for _, f := range frames {
+		if err == nil {
+			err = m.take(f, lost)
+		}
+	}
+	return err
+}
+
+// cutFrame reads the virtio_net_hdr in front of a frame (VIRTIO 1.2 section 5.1.6),
+// and returns the frames that a receiver makes of it.
+func cutFrame(frame []byte) ([][]byte, error) {
+	if len(frame) < 12+14+20 {
+		return nil, errors.New("short frame")
+	}
+	h, frame := frame[:12], frame[12:]
+	field := func(i int) int { return int(binary.LittleEndian.Uint16(h[i:])) }
+	flags, gso, hdrLen, gsoSize, start, off, buffers := h[0], h[1], field(2), field(4), field(6), field(8), field(10)
+	switch {
+	case buffers != 1:
+		return nil, fmt.Errorf("%d buffers", buffers)
+	case flags == 0 && gso == 0 && hdrLen|gsoSize|start|off == 0:
+		return [][]byte{frame}, nil
+	case flags != 1:
+		return nil, fmt.Errorf("virtio header % x", h)
+	}
+	ip, src, dst, headers, wantGSO := frame[14:], netip.Addr{}, netip.Addr{}, 14+20, byte(1)
+	switch {
+	case ip[0] == 0x45 && ip[9] == 6:
+		src, _ = netip.AddrFromSlice(ip[12:16])
+		dst, _ = netip.AddrFromSlice(ip[16:20])
+	case ip[0]>>4 == 6 && len(ip) >= 40 && ip[6] == 6:
+		src, _ = netip.AddrFromSlice(ip[8:24])
+		dst, _ = netip.AddrFromSlice(ip[24:40])
+		headers, wantGSO = 14+40, 4
+	default:
+		return nil, fmt.Errorf("virtio header % x of what is not TCP", h)
+	}
+	if start != headers || off != 16 || len(frame) < start+20 || len(ip) > 65535 {
+		return nil, fmt.Errorf("virtio header % x, packet of %d bytes", h, len(ip))
+	}
+	tcp := frame[start:]
+	if got, want := binary.BigEndian.Uint16(tcp[off:]), refSum(refPseudo(src, dst, 6, len(tcp))); got != want {
+		return nil, fmt.Errorf("unfinished checksum %#x, want %#x", got, want)
+	}
+	headers += int(tcp[12] >> 4 * 4)
+	if headers > len(frame) {
+		return nil, errors.New("TCP header")
+	}
+	if gso == 0 {
+		if hdrLen|gsoSize != 0 {
+			return nil, fmt.Errorf("virtio header % x", h)
+		}
+		gsoSize = max(1, len(frame)-headers)
+	} else if gso != wantGSO || hdrLen != headers || gsoSize == 0 || len(frame)-headers <= gsoSize || tcp[13]&(flagS|flagR|flagU) != 0 {
+		return nil, fmt.Errorf("virtio header % x, packet of %d bytes", h, len(ip))
+	}
+	var frames [][]byte
+	for at := headers; len(frames) == 0 || at < len(frame); at += gsoSize {
+		end := min(at+gsoSize, len(frame))
+		f := append(bytes.Clone(frame[:headers]), frame[at:end]...)
+		completeSegment(f, start, at-headers, end == len(frame), src, dst)
+		frames = append(frames, f)
+	}
+	return frames, nil
+}
+
+// completeSegment makes a packet of its own of a part of a larger one, whose headers
+// it has: tcp_gso_segment and inet_gso_segment of Linux.
+func completeSegment(f []byte, start, at int, last bool, src, dst netip.Addr) {
+	ip, tcp := f[14:], f[start:]
+	if src.Is4() {
+		binary.BigEndian.PutUint16(ip[2:], uint16(len(ip)))
+		ip[10], ip[11] = 0, 0
+		binary.BigEndian.PutUint16(ip[10:], ^refSum(ip[:20]))
+	} else {
+		binary.BigEndian.PutUint16(ip[4:], uint16(len(tcp)))
+	}
+	binary.BigEndian.PutUint32(tcp[4:], binary.BigEndian.Uint32(tcp[4:])+uint32(at))
+	if !last {
+		tcp[13] &^= flagF | flagP
+	}
+	tcp[16], tcp[17] = 0, 0
+	binary.BigEndian.PutUint16(tcp[16:], ^refSum(refPseudo(src, dst, 6, len(tcp)), tcp))
 }
 
 // take reads and checks a frame, and queues it unless it is lost.
@@ -1573,7 +1669,7 @@ var (
 )
 
 // eachEnd runs a test in virtual time for both families, each with a connection
-// through the NAT and one to a listener.
+// through the NAT, to a guest without and with a virtio_net_hdr, and one to a listener.
 func eachEnd(t *testing.T, cfg Config, f func(t *testing.T, g *guest, far farEnd)) {
 	eachRig(t, cfg, func(t *testing.T, m *machine, dial func(g *guest) farEnd, to netip.AddrPort) {
 		g := m.open(1025, to)
@@ -1585,15 +1681,21 @@ func eachEnd(t *testing.T, cfg Config, f func(t *testing.T, g *guest, far farEnd
 // eachRig is eachEnd for tests that connect by themselves: dial does a handshake
 // and returns the far end.
 func eachRig(t *testing.T, cfg Config, f func(t *testing.T, m *machine, dial func(g *guest) farEnd, to netip.AddrPort)) {
-	inBubble(t, func(t *testing.T, fam family) {
+	nat := func(t *testing.T, fam family, cfg Config) {
 		m, h := newRig(t, cfg)
 		f(t, m, func(g *guest) farEnd {
 			t.Helper()
 			g.connect()
 			return h.accept()
 		}, fam.at(80))
-	})
+	}
+	inBubble(t, func(t *testing.T, fam family) { nat(t, fam, cfg) })
 	eachFamily(t, func(t *testing.T, fam family) {
+		t.Run("virtio", func(t *testing.T) {
+			cfg := cfg
+			cfg.VirtioNetHeader = true
+			synctest.Test(t, func(t *testing.T) { nat(t, fam, cfg) })
+		})
 		t.Run("listener", func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				m, _ := newRig(t, cfg)

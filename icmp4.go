@@ -74,7 +74,7 @@ func (s *Stack) replyEcho(p *ipPacket, l *link, reply uint8) error {
 		s.count(dropAddress)
 		return nil
 	}
-	hl := frameHeaderLen(p.version)
+	hl := l.headerLen(p.version)
 	frame := s.newFrame(hl + len(p.payload))
 	m := frame[hl:]
 	copy(m, p.payload)
@@ -83,16 +83,16 @@ func (s *Stack) replyEcho(p *ipPacket, l *link, reply uint8) error {
 	return s.sendICMP(l, p.version, p.dst, p.src, defaultHopLimit, frame)
 }
 
-// sendICMP completes and sends the message that stands at frameHeaderLen(version)
+// sendICMP completes and sends the message that stands at l.headerLen(version)
 // of frame, in fragments if it is longer than the MTU.
 func (s *Stack) sendICMP(l *link, version uint16, src, dst ipAddr, hop uint8, frame []byte) error {
 	proto := icmpProto(version)
 	mtu := s.mtuTo(guestKey{l.ns, dst, uintptr(version)})
-	if len(frame)-etherHeaderLen <= mtu {
+	message := frame[l.headerLen(version):]
+	if ipHeaderLen(version)+len(message) <= mtu {
 		finishFrameHop(frame, l, version, proto, src, dst, hop)
 		return s.send(l, frame)
 	}
-	message := frame[frameHeaderLen(version):]
 	emit := func(frame []byte) error { return s.send(l, frame) }
 	return emitDatagram(l, version, proto, src, dst, message, mtu, hop, &s.fragmentID, s.newFrame, emit)
 }
@@ -189,7 +189,7 @@ func (s *Stack) sendError(p *ipPacket, src ipAddr, typ, code uint8, param uint32
 		s.count(icmpRateLimited)
 		return nil
 	}
-	hl := frameHeaderLen(p.version)
+	hl := l.headerLen(p.version)
 	quote := p.raw
 	if room := icmpErrorLen(p.version) - ipHeaderLen(p.version) - icmpHeaderLen; len(quote) > room {
 		quote = quote[:room]

@@ -108,7 +108,7 @@ func (s *Stack) replyNeighbor(p *ipPacket, l *link) error {
 		flags = ndpOverride
 	}
 
-	hl := frameHeaderLen(p.version)
+	hl := l.headerLen(p.version)
 	frame := s.newFrame(hl + ndpHeaderLen + 8)
 	m := frame[hl:]
 	clear(m)

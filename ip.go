@@ -510,8 +510,19 @@ func frameHeaderLen(version uint16) int {
 	return etherHeaderLen + ipHeaderLen(version)
 }
 
+// front is the length of what stands in front of the Ethernet header.
+func (l *link) front() int {
+	if l.virtio {
+		return VirtioNetHeaderLen
+	}
+	return 0
+}
+
+// headerLen is frameHeaderLen with what stands in front of it on the link.
+func (l *link) headerLen(version uint16) int { return l.front() + frameHeaderLen(version) }
+
 // finishFrame writes the headers in front of the transport header and data that
-// begin at frameHeaderLen(version) of frame, and the transport checksum of TCP,
+// begin at l.headerLen(version) of frame, and the transport checksum of TCP,
 // UDP, ICMP and ICMPv6. The frame is exactly as long as the packet needs, and
 // the packet not longer than 65,535 bytes. It does not allocate.
 func finishFrame(frame []byte, l *link, version uint16, proto uint8, src, dst ipAddr) {
@@ -520,13 +531,58 @@ func finishFrame(frame []byte, l *link, version uint16, proto uint8, src, dst ip
 
 // finishFrameHop is finishFrame with a TTL or hop limit.
 func finishFrameHop(frame []byte, l *link, version uint16, proto uint8, src, dst ipAddr, hop uint8) {
-	fillChecksum(proto, &src, &dst, frame[frameHeaderLen(version):])
+	fillChecksum(proto, &src, &dst, frame[l.headerLen(version):])
 	putHeaders(frame, l, version, proto, &src, &dst, hop)
 }
 
-// putHeaders writes the Ethernet and IP headers of a whole packet.
+// VirtioNetHeaderLen is the length of the header that [Config.VirtioNetHeader] has in
+// front of every frame.
+const VirtioNetHeaderLen = 12
+
+// Values of a virtio_net_hdr (VIRTIO 1.2 section 5.1.6).
+const (
+	virtioNeedsChecksum = 1 // flags
+	virtioTCPv4         = 1 // gso_type
+	virtioTCPv6         = 4
+)
+
+// putVirtioHeader writes the header of a frame that is complete.
+func putVirtioHeader(frame []byte) {
+	clear(frame[:VirtioNetHeaderLen])
+	frame[10] = 1 // num_buffers
+}
+
+// finishSegment is finishFrame for TCP on a link that completes frames: the checksum
+// is left to it, and a segment with more payload than mss to be cut there.
+func finishSegment(frame []byte, l *link, version uint16, src, dst ipAddr, mss int) {
+	if !l.virtio {
+		finishFrame(frame, l, version, protoTCP, src, dst)
+		return
+	}
+	putHeaders(frame, l, version, protoTCP, &src, &dst, defaultHopLimit)
+	le, start := binary.LittleEndian, frameHeaderLen(version)
+	segment, off := frame[VirtioNetHeaderLen+start:], checksumOffset(protoTCP)
+	binary.BigEndian.PutUint16(segment[off:], transportPseudoSum(protoTCP, &src, &dst, len(segment)))
+	frame[0] = virtioNeedsChecksum
+	le.PutUint16(frame[6:], uint16(start)) // csum_start
+	le.PutUint16(frame[8:], uint16(off))   // csum_offset
+	if hl := int(segment[12]>>4) * 4; len(segment)-hl > mss {
+		frame[1] = virtioTCPv6
+		if version == 4 {
+			frame[1] = virtioTCPv4
+		}
+		le.PutUint16(frame[2:], uint16(start+hl)) // hdr_len
+		le.PutUint16(frame[4:], uint16(mss))      // gso_size
+	}
+}
+
+// putHeaders writes the headers in front of a whole packet.
 func putHeaders(frame []byte, l *link, version uint16, proto uint8, src, dst *ipAddr, hop uint8) {
 	be := binary.BigEndian
+	if l.virtio {
+		putVirtioHeader(frame)
+		frame = frame[VirtioNetHeaderLen:]
+	}
 	copy(frame, l.guest[:])
 	copy(frame[6:], l.gw[:])
 	ip := frame[etherHeaderLen:]
@@ -564,15 +620,15 @@ func putHeaders(frame []byte, l *link, version uint16, proto uint8, src, dst *ip
 // transport is written to; transport is the caller's again on return.
 func emitDatagram(l *link, version uint16, proto uint8, src, dst ipAddr, transport []byte, mtu int, hop uint8, ids *fragmentIDs,
 	alloc func(n int) []byte, emit func(frame []byte) error) error {
-	hl := frameHeaderLen(version)
-	if hl-etherHeaderLen+len(transport) <= mtu {
+	hl := l.headerLen(version)
+	if ipHeaderLen(version)+len(transport) <= mtu {
 		frame := alloc(hl + len(transport))
 		copy(frame[hl:], transport)
 		finishFrameHop(frame, l, version, proto, src, dst, hop)
 		return emit(frame)
 	}
 
-	headers, limit := hl, maxIPLength
+	headers, limit := ipHeaderLen(version), maxIPLength
 	if version == 4 {
 		limit -= ipv4HeaderLen
 	} else {
@@ -583,7 +639,8 @@ func emitDatagram(l *link, version uint16, proto uint8, src, dst ipAddr, transpo
 	}
 	fillChecksum(proto, &src, &dst, transport)
 	id := ids.next(version, proto, &src, &dst)
-	room := (mtu - (headers - etherHeaderLen)) &^ 7
+	room := (mtu - headers) &^ 7
+	headers += l.front() + etherHeaderLen
 	for off := 0; off < len(transport); off += room {
 		part := transport[off:min(off+room, len(transport))]
 		more := off+len(part) < len(transport)
@@ -651,7 +708,7 @@ func (ids *fragmentIDs) shuffle(key uint64, n uint32, bits uint) uint32 {
 func putFragment4(frame []byte, l *link, proto uint8, src, dst *ipAddr, hop uint8, id uint32, off int, more bool) {
 	be := binary.BigEndian
 	putHeaders(frame, l, 4, proto, src, dst, hop)
-	ip := frame[etherHeaderLen:][:ipv4HeaderLen]
+	ip := frame[l.front()+etherHeaderLen:][:ipv4HeaderLen]
 	frag := uint16(off / 8)
 	if more {
 		frag |= ipv4More
@@ -665,7 +722,7 @@ func putFragment4(frame []byte, l *link, proto uint8, src, dst *ipAddr, hop uint
 func putFragment6(frame []byte, l *link, proto uint8, src, dst *ipAddr, hop uint8, id uint32, off int, more bool) {
 	be := binary.BigEndian
 	putHeaders(frame, l, 6, protoFragment, src, dst, hop)
-	fh := frame[etherHeaderLen+ipv6HeaderLen:][:fragHeaderLen]
+	fh := frame[l.front()+etherHeaderLen+ipv6HeaderLen:][:fragHeaderLen]
 	frag := uint16(off) // a multiple of 8: the offset stands above the flags
 	if more {
 		frag |= ipv6More

@@ -106,7 +106,7 @@ func newKernelRing(t *testing.T, f ringFamily, o kernelOptions) *kernelRing {
 		return ns
 	}
 	r.host, r.guest = namespace(), namespace()
-	tap, err := r.guest.TAP("tap0")
+	tap, err := r.guest.TAP("tap0", o.VirtioNetHeader)
 	r.must(err)
 	mtu := cmp.Or(o.MTU, 1500)
 	var host []string
@@ -131,7 +131,7 @@ func newKernelRing(t *testing.T, f ringFamily, o kernelOptions) *kernelRing {
 	}
 	r.stack, err = slirp.NewWithConfig(o.Config)
 	r.must(err)
-	r.link = &ring.Link{Stack: r.stack, Device: tap, Loss: o.loss}
+	r.link = &ring.Link{Stack: r.stack, Device: tap, Loss: o.loss, VirtioNet: o.VirtioNetHeader}
 	served := make(chan error)
 	go func() {
 		served <- r.link.Serve(func(err error) {
@@ -255,6 +255,33 @@ func TestKernelCurl(t *testing.T) {
 func TestKernelCurlJumbo(t *testing.T) {
 	o := kernelOptions{Config: slirp.Config{MTU: 65520}}
 	eachKernel(t, o, func(t *testing.T, r *kernelRing) { r.curl(64 * ring.MiB) })
+}
+
+// TestKernelVirtio has packets of many segments and unfinished checksums pass between
+// the guest and the stack.
+func TestKernelVirtio(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		mtu  int
+		loss float64
+		run  func(r *kernelRing)
+	}{
+		{name: "Curl", run: func(r *kernelRing) { r.curl(256 * ring.MiB) }},
+		{name: "CurlJumbo", mtu: 65520, run: func(r *kernelRing) { r.curl(64 * ring.MiB) }},
+		{name: "Loss", loss: 0.01, run: func(r *kernelRing) { r.lossy(64 * ring.MiB) }},
+		{name: "SmallerPath", run: (*kernelRing).smallerPath},
+		{name: "UDPSizes", run: (*kernelRing).udpSizes},
+		{name: "Ping", run: (*kernelRing).ping},
+		{name: "DialGuest", run: func(r *kernelRing) {
+			r.must(ring.Verify(r.dial(r.serve(func(c *net.TCPConn) error { return nil })), 0))
+			r.dialGuest()
+		}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			o := kernelOptions{Config: slirp.Config{MTU: test.mtu, VirtioNetHeader: true, ReuseFrames: true}, loss: test.loss}
+			eachKernel(t, o, func(t *testing.T, r *kernelRing) { test.run(r) })
+		})
+	}
 }
 
 // curl downloads and uploads n bytes.
@@ -418,39 +445,45 @@ func (r *kernelRing) serveUDP(address string, reply func(request []byte) []byte)
 // above the MTU reach the guest in fragments, and the stack likewise. A request
 // names the size of its answer, and is itself as long as that.
 func TestKernelUDPSizes(t *testing.T) {
-	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
-		packet := map[string]int{"IPv4": 1500 - 20 - 8, "IPv6": 1500 - 40 - 8}[r.name]
-		data, err := io.ReadAll(ring.Data(1 << 16))
-		r.must(err)
-		c := r.dialUDP(r.serveUDP(netip.AddrPortFrom(r.server, 0).String(), func(request []byte) []byte {
-			n, _ := strconv.Atoi(strings.TrimSpace(string(request))) // an empty request has an empty answer
-			return data[:n]
-		}))
-		for _, n := range []int{0, 1, packet - 1, packet, packet + 1, 4000, 8192, 65507, 0, 1} {
-			request := ""
-			if n > 0 {
-				request = fmt.Sprintf("%-*d", n, n)
-			}
-			if err := ring.Exchange(c, request, string(data[:n])); err != nil {
-				t.Errorf("%d bytes: %v", n, err)
-			}
+	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) { r.udpSizes() })
+}
+
+func (r *kernelRing) udpSizes() {
+	t := r.t
+	packet := map[string]int{"IPv4": 1500 - 20 - 8, "IPv6": 1500 - 40 - 8}[r.name]
+	data, err := io.ReadAll(ring.Data(1 << 16))
+	r.must(err)
+	c := r.dialUDP(r.serveUDP(netip.AddrPortFrom(r.server, 0).String(), func(request []byte) []byte {
+		n, _ := strconv.Atoi(strings.TrimSpace(string(request))) // an empty request has an empty answer
+		return data[:n]
+	}))
+	for _, n := range []int{0, 1, packet - 1, packet, packet + 1, 4000, 8192, 65507, 0, 1} {
+		request := ""
+		if n > 0 {
+			request = fmt.Sprintf("%-*d", n, n)
 		}
-	})
+		if err := ring.Exchange(c, request, string(data[:n])); err != nil {
+			t.Errorf("%d bytes: %v", n, err)
+		}
+	}
 }
 
 func TestKernelPing(t *testing.T) {
-	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
-		needRing(t, "busybox")
-		for _, a := range []netip.Addr{r.gateway, r.server} {
-			for _, size := range []string{"0", "56", "1452", "8000"} {
-				var out strings.Builder
-				err := r.run(nil, &out, "busybox", "ping", "-"+r.network, "-c", "3", "-i", "0.1", "-W", "10", "-s", size, a.String())
-				if err != nil || !strings.Contains(out.String(), "3 packets received") {
-					t.Errorf("ping %v, %s bytes: %v\n%s", a, size, err, &out)
-				}
+	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) { r.ping() })
+}
+
+func (r *kernelRing) ping() {
+	t := r.t
+	needRing(t, "busybox")
+	for _, a := range []netip.Addr{r.gateway, r.server} {
+		for _, size := range []string{"0", "56", "1452", "8000"} {
+			var out strings.Builder
+			err := r.run(nil, &out, "busybox", "ping", "-"+r.network, "-c", "3", "-i", "0.1", "-W", "10", "-s", size, a.String())
+			if err != nil || !strings.Contains(out.String(), "3 packets received") {
+				t.Errorf("ping %v, %s bytes: %v\n%s", a, size, err, &out)
 			}
 		}
-	})
+	}
 }
 
 // A traceroute of datagrams shows the stack and then the destination, which has
@@ -477,53 +510,56 @@ func TestKernelTraceroute(t *testing.T) {
 // TestKernelSmallerPath puts a machine behind the guest, on a link that takes less
 // than the stack's MTU, of which only the guest's kernel knows.
 func TestKernelSmallerPath(t *testing.T) {
-	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) {
-		inner, err := ring.NewNetNS()
-		r.must(err)
-		t.Cleanup(func() { inner.Close() })
-		address, bits, gateway := netip.MustParseAddr("10.9.0.2"), 24, "10.9.0.1"
-		forward := "/proc/sys/net/ipv4/ip_forward"
-		if r.network == "6" {
-			address, bits, gateway = netip.MustParseAddr("fd09::2"), 64, "fd09::1"
-			forward = "/proc/sys/net/ipv6/conf/all/forwarding"
-		}
-		r.must(r.guest.Veth("veth0", inner, "veth1"))
-		r.must(r.guest.IP(fmt.Sprintf("addr add %s/%d dev veth0 %s", gateway, bits, r.dad), "link set veth0 mtu 1300 up"))
-		r.must(inner.IP(fmt.Sprintf("addr add %v/%d dev veth1 %s", address, bits, r.dad), "link set veth1 up",
-			"route add default via "+gateway))
-		r.must(r.guest.Do(func() error { return os.WriteFile(forward, []byte("1"), 0) }))
+	eachKernel(t, kernelOptions{}, func(t *testing.T, r *kernelRing) { r.smallerPath() })
+}
 
-		data, err := io.ReadAll(ring.Data(2 << 20))
-		r.must(err)
-		server := r.serve(func(c *net.TCPConn) error {
-			_, err := c.Write(data)
-			return err
-		})
-		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-		defer cancel()
-		c, err := inner.Dial(ctx, new(net.Dialer), "tcp", server)
-		r.must(err)
-		defer c.Close()
-		c.SetDeadline(time.Now().Add(kernelLimit))
-		start := time.Now()
-		got, err := io.ReadAll(c)
-		if err != nil || string(got) != string(data) {
-			t.Errorf("%d of %d bytes: %v", len(got), len(data), err)
-		}
-		t.Log(kernelRate(int64(len(data)), start))
-		if st := r.stack.Stats(); st.PathMTUs == 0 {
-			t.Errorf("%+v", st)
-		}
+func (r *kernelRing) smallerPath() {
+	t := r.t
+	inner, err := ring.NewNetNS()
+	r.must(err)
+	t.Cleanup(func() { inner.Close() })
+	address, bits, gateway := netip.MustParseAddr("10.9.0.2"), 24, "10.9.0.1"
+	forward := "/proc/sys/net/ipv4/ip_forward"
+	if r.network == "6" {
+		address, bits, gateway = netip.MustParseAddr("fd09::2"), 64, "fd09::1"
+		forward = "/proc/sys/net/ipv6/conf/all/forwarding"
+	}
+	r.must(r.guest.Veth("veth0", inner, "veth1"))
+	r.must(r.guest.IP(fmt.Sprintf("addr add %s/%d dev veth0 %s", gateway, bits, r.dad), "link set veth0 mtu 1300 up"))
+	r.must(inner.IP(fmt.Sprintf("addr add %v/%d dev veth1 %s", address, bits, r.dad), "link set veth1 up",
+		"route add default via "+gateway))
+	r.must(r.guest.Do(func() error { return os.WriteFile(forward, []byte("1"), 0) }))
 
-		// Its datagrams are in fragments that fit: this guest is known by now.
-		u, err := inner.Dial(ctx, new(net.Dialer), "udp", r.serveUDP(netip.AddrPortFrom(r.server, 0).String(), func([]byte) []byte {
-			return data[:1400]
-		}))
-		r.must(err)
-		defer u.Close()
-		u.SetDeadline(time.Now().Add(10 * time.Second))
-		r.must(ring.Exchange(u, "?", string(data[:1400])))
+	data, err := io.ReadAll(ring.Data(2 << 20))
+	r.must(err)
+	server := r.serve(func(c *net.TCPConn) error {
+		_, err := c.Write(data)
+		return err
 	})
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	c, err := inner.Dial(ctx, new(net.Dialer), "tcp", server)
+	r.must(err)
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(kernelLimit))
+	start := time.Now()
+	got, err := io.ReadAll(c)
+	if err != nil || string(got) != string(data) {
+		t.Errorf("%d of %d bytes: %v", len(got), len(data), err)
+	}
+	t.Log(kernelRate(int64(len(data)), start))
+	if st := r.stack.Stats(); st.PathMTUs == 0 {
+		t.Errorf("%+v", st)
+	}
+
+	// Its datagrams are in fragments that fit: this guest is known by now.
+	u, err := inner.Dial(ctx, new(net.Dialer), "udp", r.serveUDP(netip.AddrPortFrom(r.server, 0).String(), func([]byte) []byte {
+		return data[:1400]
+	}))
+	r.must(err)
+	defer u.Close()
+	u.SetDeadline(time.Now().Add(10 * time.Second))
+	r.must(ring.Exchange(u, "?", string(data[:1400])))
 }
 
 // TestKernelTooBigForHost has host sockets that do not fragment, and a route of the
@@ -680,22 +716,25 @@ func TestKernelLoss(t *testing.T) {
 		{"5%", 0.05, 8 * ring.MiB},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			eachKernel(t, kernelOptions{loss: test.loss}, func(t *testing.T, r *kernelRing) {
-				received := make(chan error, 1)
-				start := time.Now()
-				r.must(ring.Verify(r.dial(r.serve(func(c *net.TCPConn) error {
-					return ring.Send(c, test.size)
-				})), test.size))
-				t.Logf("down: %s", kernelRate(test.size, start))
-
-				start = time.Now()
-				r.must(ring.Send(r.dial(r.serve(func(c *net.TCPConn) error {
-					received <- ring.Verify(c, test.size)
-					return nil
-				})), test.size))
-				r.must(<-received)
-				t.Logf("up: %s, %d frames lost", kernelRate(test.size, start), r.link.Lost())
-			})
+			eachKernel(t, kernelOptions{loss: test.loss}, func(t *testing.T, r *kernelRing) { r.lossy(test.size) })
 		})
 	}
+}
+
+// lossy moves size bytes down, and then up.
+func (r *kernelRing) lossy(size int64) {
+	received := make(chan error, 1)
+	start := time.Now()
+	r.must(ring.Verify(r.dial(r.serve(func(c *net.TCPConn) error {
+		return ring.Send(c, size)
+	})), size))
+	r.t.Logf("down: %s", kernelRate(size, start))
+
+	start = time.Now()
+	r.must(ring.Send(r.dial(r.serve(func(c *net.TCPConn) error {
+		received <- ring.Verify(c, size)
+		return nil
+	})), size))
+	r.must(<-received)
+	r.t.Logf("up: %s, %d frames lost", kernelRate(size, start), r.link.Lost())
 }

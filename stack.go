@@ -191,6 +191,21 @@ type Config struct {
 	// returns, and makes the Stack use the memory again.
 	ReuseFrames bool
 
+	// VirtioNetHeader puts a virtio_net_hdr of VIRTIO 1.x, of [VirtioNetHeaderLen]
+	// bytes and little-endian, in front of every frame for the Writer, and leaves work
+	// to whoever takes it: the checksum of TCP (VIRTIO_NET_HDR_F_NEEDS_CSUM), and
+	// cutting a packet of up to 65,535 bytes to segments that fit the MTU
+	// (VIRTIO_NET_HDR_GSO_TCPV4 and TCPV6). It is for guests that have agreed to both:
+	// a virtio device with VIRTIO_NET_F_GUEST_CSUM, GUEST_TSO4 and GUEST_TSO6, or a
+	// Linux TAP device with IFF_VNET_HDR, and 12 by TUNSETVNETHDRSZ.
+	//
+	// HandlePacket takes IP packets all the same: the caller takes the header of
+	// the guest's frames off with that of Ethernet. What it says need not be looked
+	// at. Packets that are longer than the MTU and TCP and UDP checksums that are not
+	// finished are taken with and without VirtioNetHeader, so a guest can be offered
+	// to send such (VIRTIO_NET_F_CSUM, HOST_TSO4 and HOST_TSO6, or TUNSETOFFLOAD).
+	VirtioNetHeader bool
+
 	// Logger is told of flows that are opened, refused and closed, at debug
 	// level, never per packet, and of each at most ten times a second. Nil logs nothing.
 	Logger *slog.Logger
@@ -396,7 +411,8 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 // of an unreadable packet, of w for a frame sent in direct answer, or
 // [ErrStackClosed].
 func (s *Stack) HandlePacket(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte, packet []byte, w Writer) error {
-	return s.handlePacket(packet, &link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace}, nil)
+	l := &link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace, virtio: s.cfg.VirtioNetHeader}
+	return s.handlePacket(packet, l, nil)
 }
 
 // HandlePackets takes several packets, in the order in which the guest sent them,
@@ -405,7 +421,7 @@ func (s *Stack) HandlePacket(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte
 // would be many. Neither packets nor what is in it is kept. The error is the first
 // one; the packets behind it are taken all the same.
 func (s *Stack) HandlePackets(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte, packets [][]byte, w BatchWriter) (first error) {
-	l := &link{guest: clientMAC, gw: gwMAC, batch: w, ns: namespace}
+	l := &link{guest: clientMAC, gw: gwMAC, batch: w, ns: namespace, virtio: s.cfg.VirtioNetHeader}
 	t := turns.Get().(*turn)
 	for _, packet := range packets {
 		if err := s.handlePacket(packet, l, t); err != nil && first == nil {
@@ -612,7 +628,8 @@ func (s *Stack) AddRoute(namespace uintptr, prefix netip.Prefix, clientMAC, gwMA
 	if w == nil {
 		return fmt.Errorf("slirp: AddRoute: no Writer")
 	}
-	r := route{unmapPrefix(prefix).Masked(), link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace}}
+	l := link{guest: clientMAC, gw: gwMAC, w: w, ns: namespace, virtio: s.cfg.VirtioNetHeader}
+	r := route{unmapPrefix(prefix).Masked(), l}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed.Load() {
@@ -626,6 +643,14 @@ func (s *Stack) AddRoute(namespace uintptr, prefix netip.Prefix, clientMAC, gwMA
 	}
 	s.routes[namespace] = append(s.routes[namespace], r)
 	return nil
+}
+
+// maxPacket is the length of the longest IP packet that is sent.
+func (s *Stack) maxPacket() int {
+	if s.cfg.VirtioNetHeader {
+		return maxIPLength
+	}
+	return s.cfg.MTU
 }
 
 // slabLen is the memory that frames are cut from, of a size that the allocator

@@ -78,7 +78,7 @@ func (s *Stack) handleNoFlow(now time.Time, key *flowKey, seg *tcp.Segment, p *i
 
 // sendSegment sends a segment without data that no TCB has made.
 func (s *Stack) sendSegment(key *flowKey, seg *tcp.Segment, l *link) error {
-	hl := frameHeaderLen(key.version)
+	hl := l.headerLen(key.version)
 	frame := s.newFrame(hl + tcp.HeaderLen)
 	seg.MarshalHeader(frame[hl:])
 	finishFrame(frame, l, key.version, protoTCP, key.host, key.guest)
@@ -107,6 +107,9 @@ func (s *Stack) tcbConfig(key *flowKey, now time.Time, old *tcpConn) tcp.Config 
 		MSS: transportMSS(key.version, s.cfg.MTU), DefaultMSS: defaultMSS(key.version),
 		SendBuffer: s.cfg.SendBuffer, ReceiveBuffer: s.cfg.ReceiveBuffer,
 		ISS: iss, TSOffset: binary.BigEndian.Uint32(h[4:]) + uint32(now.Sub(s.epoch)/time.Millisecond),
+	}
+	if s.cfg.VirtioNetHeader {
+		cfg.Offload = maxIPLength - ipHeaderLen(key.version) - tcp.MaxHeaderLen
 	}
 	if s.cfg.TCPIdleTimeout > 0 {
 		cfg.KeepAlive = tcp.KeepAlive{Idle: s.cfg.TCPIdleTimeout, Interval: maintenanceInterval, Count: 3}

@@ -143,13 +143,13 @@ func (c *tcpConn) emit(now time.Time, n int) (first error) {
 	// A reset, the last word, is not left to a timer, which the flow has no more.
 	for (n > 0 || c.tcb.State() == tcp.Closed) && c.build(now, b, max(n, 1)) {
 		n -= len(b.frames)
-		l, stale := c.link, now.Sub(c.learned) >= learnEvery
+		l, stale, mss := c.link, now.Sub(c.learned) >= learnEvery, c.tcb.SegmentSize()
 		c.mu.Unlock()
 		if stale {
 			l = s.presentLink(c.key.guestKey(), l)
 		}
 		for _, frame := range b.frames {
-			finishFrame(frame, &l, c.key.version, protoTCP, c.key.host, c.key.guest)
+			finishSegment(frame, &l, c.key.version, c.key.host, c.key.guest, mss)
 		}
 		if err := s.sendAll(&l, b.frames); err != nil && first == nil {
 			first = err
@@ -170,7 +170,7 @@ func (c *tcpConn) emit(now time.Time, n int) (first error) {
 // build cuts frames with the segments that are due from b, up to n of them and as
 // far as its memory goes, and reports whether there are any.
 func (c *tcpConn) build(now time.Time, b *slab, n int) bool {
-	hl, size := frameHeaderLen(c.key.version), etherHeaderLen+c.stack.cfg.MTU
+	hl, size := c.link.headerLen(c.key.version), c.link.front()+etherHeaderLen+c.stack.maxPacket()
 	for b.grow(size); len(b.frames) < n && len(b.free) >= size; {
 		m := c.tcb.Output(now, b.free[hl:size])
 		if m == 0 {

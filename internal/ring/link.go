@@ -25,6 +25,10 @@ type Link struct {
 	Stack  *slirp.Stack
 	Device io.ReadWriter // a frame per call; Write may be called concurrently
 
+	// VirtioNet says that each frame has a virtio_net_hdr in front of it, as the
+	// stack was told by its Config.
+	VirtioNet bool
+
 	// Loss is the probability with which a frame is lost, each way.
 	Loss float64
 
@@ -56,13 +60,18 @@ func (l *Link) Lost() int {
 }
 
 func (l *Link) receive(frame []byte) error {
+	var header []byte
+	if l.VirtioNet {
+		n := min(len(frame), slirp.VirtioNetHeaderLen)
+		header, frame = make([]byte, n), frame[n:]
+	}
 	if len(frame) < 14 || l.lose() {
 		return nil
 	}
 	switch binary.BigEndian.Uint16(frame[12:]) {
 	case 0x0806:
 		if reply := arpReply(frame); reply != nil {
-			return l.Send(reply)
+			return l.Send(append(header, reply...))
 		}
 	case 0x0800, 0x86dd:
 		return l.Stack.HandlePacket(0, [6]byte(frame[6:]), GatewayMAC, frame[14:], l.Send)

@@ -12,6 +12,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/KarpelesLab/slirp"
 )
 
 // NetNS is a network namespace without a name. It ends with its last socket,
@@ -102,8 +104,10 @@ func (ns *NetNS) Veth(name string, peer *NetNS, peerName string) error {
 }
 
 // TAP makes a TAP device in the namespace. Each Read and Write of the file is
-// one Ethernet frame; the device goes when the file is closed.
-func (ns *NetNS) TAP(name string) (file *os.File, err error) {
+// one Ethernet frame; the device goes when the file is closed. With virtioNet there is
+// a virtio_net_hdr in front of each, and frames of several segments and with
+// checksums that are not finished come and go.
+func (ns *NetNS) TAP(name string, virtioNet bool) (file *os.File, err error) {
 	err = ns.Do(func() error {
 		ifr, err := unix.NewIfreq(name)
 		if err != nil {
@@ -113,15 +117,32 @@ func (ns *NetNS) TAP(name string) (file *os.File, err error) {
 		if err != nil {
 			return fmt.Errorf("/dev/net/tun: %w", err)
 		}
-		ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI)
-		if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
+		flags := uint16(unix.IFF_TAP | unix.IFF_NO_PI)
+		if virtioNet {
+			flags |= unix.IFF_VNET_HDR
+		}
+		ifr.SetUint16(flags)
+		err = os.NewSyscallError("TUNSETIFF", unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr))
+		if err == nil && virtioNet {
+			err = offload(fd)
+		}
+		if err != nil {
 			unix.Close(fd)
-			return os.NewSyscallError("TUNSETIFF", err)
+			return err
 		}
 		file = os.NewFile(uintptr(fd), name)
 		return nil
 	})
 	return file, err
+}
+
+// offload sets up a TAP device with IFF_VNET_HDR.
+func offload(fd int) error {
+	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, slirp.VirtioNetHeaderLen); err != nil {
+		return os.NewSyscallError("TUNSETVNETHDRSZ", err)
+	}
+	err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, unix.TUN_F_CSUM|unix.TUN_F_TSO4|unix.TUN_F_TSO6)
+	return os.NewSyscallError("TUNSETOFFLOAD", err)
 }
 
 // Dial connects a socket of the namespace. The address holds an IP address, not

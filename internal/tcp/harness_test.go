@@ -2,6 +2,7 @@ package tcp
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"strconv"
 	"strings"
@@ -51,6 +52,9 @@ type harness struct {
 	quiet    bool  // the state is not checked after each step
 	silent   bool  // steps are not logged
 	inFlight int64 // payload bytes sent since the last expectation
+	outputs  int   // calls of Output that had something to send
+	record   bool
+	segments [][]byte // sent, if record is set
 }
 
 func testConfig() Config {
@@ -105,6 +109,8 @@ func buffers(send, receive int) func(*Config) {
 }
 
 func linkMSS(mss int) func(*Config) { return func(c *Config) { c.MSS = mss } }
+
+func offload(n int) func(*Config) { return func(c *Config) { c.Offload = n } }
 
 func keepAlive(idle, interval time.Duration, count int) func(*Config) {
 	return func(c *Config) { c.KeepAlive = KeepAlive{idle, interval, count} }
@@ -225,7 +231,7 @@ func (h *harness) pull() {
 	h.Helper()
 	for i := 0; ; i++ {
 		if h.buf == nil {
-			h.buf = make([]byte, MaxHeaderLen+h.cfg.MSS+1)
+			h.buf = make([]byte, MaxHeaderLen+max(h.cfg.MSS, h.cfg.Offload)+1)
 		}
 		buf := h.buf
 		n := h.Output(h.now, buf)
@@ -235,22 +241,58 @@ func (h *harness) pull() {
 		if i > 20000 {
 			h.Fatal("Output does not end")
 		}
-		var s Segment
-		if !s.Parse(buf[:n]) || len(s.Payload) > h.cfg.MSS {
-			h.Fatalf("bad segment % x", buf[:n])
-		}
-		h.checkSegment(&s)
-		text := h.text(&s)
-		h.queue = append(h.queue, text)
-		h.times = append(h.times, h.now.Sub(epoch).Seconds())
-		h.inFlight += int64(len(s.Payload))
-		if !h.silent {
-			h.Logf("%10.3f > %s", h.now.Sub(epoch).Seconds(), text)
+		h.outputs++
+		for _, p := range cut(h.T, h.TCB, buf[:n]) {
+			h.took(p)
 		}
 	}
 	if !h.quiet {
 		checkState(h.T, h.TCB)
 	}
+}
+
+// took takes a segment of the TCB, as it leaves the link.
+func (h *harness) took(p []byte) {
+	h.Helper()
+	var s Segment
+	if !s.Parse(p) || len(s.Payload) > h.cfg.MSS {
+		h.Fatalf("bad segment % x", p)
+	}
+	h.checkSegment(&s)
+	text := h.text(&s)
+	h.queue = append(h.queue, text)
+	h.times = append(h.times, h.now.Sub(epoch).Seconds())
+	h.inFlight += int64(len(s.Payload))
+	if !h.silent {
+		h.Logf("%10.3f > %s", h.now.Sub(epoch).Seconds(), text)
+	}
+	if h.record {
+		h.segments = append(h.segments, p)
+	}
+}
+
+// cut is what a link does that Config.Offload is for: it cuts a segment of the TCB to
+// segments that fit. It returns copies.
+func cut(t testing.TB, c *TCB, p []byte) (segments [][]byte) {
+	t.Helper()
+	hl, size := int(p[12]>>4)*4, c.SegmentSize()
+	if len(p)-hl <= size {
+		return [][]byte{bytes.Clone(p)}
+	}
+	var s Segment
+	if n := len(p) - hl; !s.Parse(p) || n > c.cfg.Offload || s.Flags&(SYN|RST) != 0 || s.Blocks > 0 {
+		t.Fatalf("a segment of %d bytes: %+v", n, s)
+	}
+	for at := hl; at < len(p); at += size {
+		end := min(at+size, len(p))
+		b := append(bytes.Clone(p[:hl]), p[at:end]...)
+		binary.BigEndian.PutUint32(b[4:], s.Seq+uint32(at-hl))
+		if end < len(p) {
+			b[13] &^= byte(FIN | PSH)
+		}
+		segments = append(segments, b)
+	}
+	return segments
 }
 
 // checkSegment checks what holds for every segment that is sent.
@@ -412,7 +454,7 @@ func (h *harness) expect(want ...string) {
 // drain returns what has been sent since the last expectation.
 func (h *harness) drain() []string {
 	q := h.queue
-	h.queue, h.times, h.inFlight = nil, nil, 0
+	h.queue, h.times, h.inFlight, h.outputs = nil, nil, 0, 0
 	return q
 }
 

@@ -298,7 +298,8 @@ func (t *TCB) acked(now time.Time, ack int64, seg *Segment) {
 	case t.loss.phase == phaseFast:
 	case flightBefore < t.limitedAt || slow:
 		// A cwnd that was not used does not grow (RFC 7661 section 4.3 has why).
-		limit := int64(2)
+		// Who gets several segments as one acknowledges them at once.
+		limit := max(2, int64(t.cfg.Offload)/t.mss())
 		if slow {
 			limit = 1 // RFC 3465 section 2.3
 		}

@@ -77,7 +77,7 @@ func (s *side) checkOutput(seg *Segment) {
 	}
 }
 
-// flush sends what is due, each segment with a check value.
+// flush sends what is due.
 func (s *side) flush(now time.Time) {
 	for i := 0; ; i++ {
 		n := s.Output(now, s.buf)
@@ -87,23 +87,30 @@ func (s *side) flush(now time.Time) {
 		if i > 5000 {
 			s.t.Fatal("Output does not end")
 		}
-		var seg Segment
-		if !seg.Parse(s.buf[:n]) {
-			s.t.Fatal("bad segment")
+		for _, p := range cut(s.t, s.TCB, s.buf[:n]) {
+			s.send(now, p)
 		}
-		s.checkOutput(&seg)
-		if seg.Flags&SYN != 0 && (s.plain || s.noSACK) {
-			seg.SACKPermitted = false
-			if s.plain {
-				seg.HasTimestamps, seg.HasScale = false, false
-			}
-			n = seg.MarshalHeader(s.buf)
-		}
-		s.out.Send(now, binary.BigEndian.AppendUint32(s.buf[:n:n+4], crc32.ChecksumIEEE(s.buf[:n])))
 	}
 	if s.strict {
 		checkState(s.t, s.TCB)
 	}
+}
+
+// send sends a segment with a check value.
+func (s *side) send(now time.Time, p []byte) {
+	var seg Segment
+	if !seg.Parse(p) {
+		s.t.Fatal("bad segment")
+	}
+	s.checkOutput(&seg)
+	if seg.Flags&SYN != 0 && (s.plain || s.noSACK) {
+		seg.SACKPermitted = false
+		if s.plain {
+			seg.HasTimestamps, seg.HasScale = false, false
+		}
+		p = p[:seg.MarshalHeader(p)]
+	}
+	s.out.Send(now, binary.BigEndian.AppendUint32(p[:len(p):len(p)], crc32.ChecksumIEEE(p)))
 }
 
 // receive takes a packet of the peer, unless it is corrupt.
@@ -239,7 +246,7 @@ func transfer(t *testing.T, a, b *side) time.Duration {
 	for i, s := range []*side{a, b} {
 		s.t, s.stream = t, byte(i+1)
 		s.peer = []*side{b, a}[i]
-		s.buf = make([]byte, MaxHeaderLen+s.cfg.MSS+4)
+		s.buf = make([]byte, MaxHeaderLen+max(s.cfg.MSS, s.cfg.Offload))
 	}
 	a.TCB = NewActive(a.cfg, epoch)
 	var received time.Duration
@@ -288,7 +295,7 @@ func TestTransfer(t *testing.T) {
 	}
 	isns := []uint32{0, 0x7fff0000, 0x80000000, 0xffff0000, 0xffffffff} // T012
 	for name, link := range links {
-		for mode := range 8 {
+		for mode := range 16 {
 			t.Run(fmt.Sprintf("%s/%d", strings.ReplaceAll(name, " ", "_"), mode), func(t *testing.T) {
 				t.Parallel()
 				link := link
@@ -297,10 +304,14 @@ func TestTransfer(t *testing.T) {
 					a.cfg, b.cfg = testConfig(), testConfig()
 					a.cfg.ISS, b.cfg.ISS = isn, isns[(round+mode)%len(isns)]
 					a.cfg.MSS = []int{1460, 1460, 536, 9000}[mode%4]
-					if mode >= 4 {
+					if mode%8 >= 4 {
 						buffers(20_000, 30_000)(&a.cfg)
 						buffers(70_000, 10_000)(&b.cfg)
 						b.slow = 3000
+					}
+					if mode >= 8 {
+						offload(a.cfg.MSS * 10)(&a.cfg)
+						offload(65455)(&b.cfg)
 					}
 					link.Seed = uint64(10*round + mode)
 					a.out = netsim.New(link)

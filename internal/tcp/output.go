@@ -7,7 +7,10 @@ import "time"
 // one step, so that there is one account of what is due.
 
 // Output writes the segment that is due, with checksum 0, to buf and returns its
-// length; 0 when nothing is due. buf needs MaxHeaderLen and a segment's payload.
+// length; 0 when nothing is due. buf needs MaxHeaderLen and a segment's payload, or
+// that of Config.Offload if that is more. One with more payload than SegmentSize is
+// to be cut there by whoever has it next: all parts have its header, but for the
+// sequence number, and PSH and FIN, which are the last one's.
 func (t *TCB) Output(now time.Time, buf []byte) int {
 	switch {
 	case t.rstDue:
@@ -114,7 +117,7 @@ func (t *TCB) nextSegment(now time.Time) (span, sendKind) {
 		}
 	}
 	if s, ok := t.newData(now, room); ok {
-		return s, sendNew
+		return t.withFollowers(s, room), sendNew
 	}
 	if l.phase == phaseFast && room >= mss {
 		rescued := l.rescued
@@ -189,6 +192,25 @@ func (t *TCB) newData(now time.Time, room int64) (span, bool) {
 	return s, true
 }
 
+// withFollowers extends s, new data, by the segments that are due behind it, if the
+// link cuts what is longer than one. All but the last are full, so that the cuts are
+// where they would have been.
+func (t *TCB) withFollowers(s span, room int64) span {
+	mss, usable, queued := t.mss(), t.usableWindow(), t.sendBuf.end-s.start
+	n := min(queued, usable, room, int64(t.cfg.Offload))
+	if n <= mss || s.end-s.start < mss {
+		return s
+	}
+	if n < queued {
+		n -= n % mss
+	}
+	s.end = s.start + n
+	if t.finQueued && n == queued && n < usable {
+		s.end++
+	}
+	return s
+}
+
 // restartIdle is RFC 5681 section 4.1: after a pause longer than the RTO the
 // old cwnd says nothing about the network any more.
 func (t *TCB) restartIdle(now time.Time) {
@@ -203,7 +225,9 @@ func (t *TCB) outputData(now time.Time, buf []byte, s span, kind sendKind) int {
 	n := max(0, min(s.end, t.sendBuf.end)-s.start)
 	seg := Segment{Seq: t.snd.seq.wrap(s.start), Flags: ACK}
 	t.reportBlocks(&seg)
-	if room := t.snd.mss - t.optionsLen(&seg); n > room {
+	// One that reports blocks stays alone: its parts would all report them, and a
+	// duplicate as if it had come many times.
+	if room := t.snd.mss - t.optionsLen(&seg); seg.Blocks > 0 && n > room {
 		n = room
 		s.end = s.start + n
 	}

@@ -17,11 +17,12 @@ func initialWindow(mss int64) int64 { return min(10*mss, max(2*mss, 14600)) }
 func newReno(iw int64) renoState { return renoState{cwnd: iw, ssthresh: math.MaxInt64} }
 
 // onAck grows cwnd for n bytes newly acknowledged: in slow start by as many, at
-// most limit segments an ACK (L of RFC 3465 section 2.2); in congestion
-// avoidance by one segment for every cwnd of them.
+// most limit segments an ACK (L of RFC 3465 section 2.2), of which no more than two
+// may lie above ssthresh; in congestion avoidance by one segment for every cwnd of
+// them.
 func (c *renoState) onAck(n, mss, limit int64) {
 	if c.cwnd < c.ssthresh {
-		c.cwnd += min(n, limit*mss)
+		c.cwnd += min(n, limit*mss, max(c.ssthresh-c.cwnd, 2*mss))
 		return
 	}
 	if c.acked += n; c.acked >= c.cwnd {

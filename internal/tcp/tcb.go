@@ -56,11 +56,12 @@ const maxScale = 14 // RFC 7323 section 2.3
 // its data to crumbs.
 const mssFloor = 48
 
-// Config describes one connection. All of it is needed but KeepAlive.
+// Config describes one connection. All of it is needed but Offload and KeepAlive.
 type Config struct {
 	LocalPort, RemotePort uint16
 	MSS                   int    // the largest segment the link carries: its MTU less IP and TCP headers
 	DefaultMSS            int    // what a peer takes that does not say (RFC 9293 section 3.7.1)
+	Offload               int    // payload of the longest segment that the link cuts to size; 0: it cuts none
 	SendBuffer            int    // bytes
 	ReceiveBuffer         int    // bytes
 	ISS                   uint32 // the initial send sequence number (RFC 6528)
@@ -217,6 +218,9 @@ func (t *TCB) mss() int64 {
 	}
 	return t.snd.mss
 }
+
+// SegmentSize returns the payload of a full segment.
+func (t *TCB) SegmentSize() int { return int(t.mss()) }
 
 // State returns the state of the connection.
 func (t *TCB) State() State { return t.state }

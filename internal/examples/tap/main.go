@@ -1,0 +1,191 @@
+// Command tap gives a network to whatever is behind a TAP device: a Linux kernel in a
+// network namespace, or a virtual machine whose monitor has the other end. It is the
+// reference for programs that join a device to a [slirp.Stack]. It needs Linux and
+// root. With
+//
+//	ip netns add guest
+//	go run ./internal/examples/tap -ns guest -vnet
+//
+// running, this makes a guest of the namespace:
+//
+//	ip -n guest link set tap0 up
+//	ip -n guest addr add 10.0.2.15/24 dev tap0
+//	ip -n guest addr add fd00::15/64 dev tap0 nodad
+//	ip -n guest route add default via 10.0.2.2
+//	ip -n guest route add default via fd00::2
+//	ip netns exec guest curl http://192.0.2.1/
+//
+// It ends with SIGINT or SIGTERM. rig.sh beside it measures.
+package main
+
+import (
+	"bytes"
+	"flag"
+	"fmt"
+	"log"
+	"math/rand/v2"
+	"os"
+	"os/signal"
+	"runtime/pprof"
+	"syscall"
+
+	"github.com/KarpelesLab/slirp"
+)
+
+// gateway is the Ethernet address of everything that is not the guest.
+var gateway = [6]byte{0x52, 0x55, 0x0a, 0x00, 0x02, 0x02}
+
+const (
+	etherHeaderLen = 14
+	etherTypeIPv4  = "\x08\x00"
+	etherTypeIPv6  = "\x86\xdd"
+	etherTypeARP   = "\x08\x06"
+)
+
+func main() {
+	log.SetFlags(0)
+	log.SetPrefix("tap: ")
+	ns := flag.String("ns", "", "network namespace to put the device in, a `name` or path; this one if empty")
+	name := flag.String("dev", "tap0", "`name` of the device")
+	mtu := flag.Int("mtu", 1500, "MTU; the device's own is set with ip link")
+	vnet := flag.Bool("vnet", false, "let packets of up to 64 KiB pass, and leave checksums to the kernel")
+	drop := flag.Float64("drop", 0, "`probability` of losing a frame, each way")
+	profile := flag.String("cpuprofile", "", "write a CPU profile to `file`")
+	flag.Parse()
+
+	if err := run(*ns, *name, *mtu, *vnet, *drop, *profile); err != nil {
+		log.Fatal(err)
+	}
+}
+
+func run(ns, name string, mtu int, vnet bool, drop float64, profile string) error {
+	dev, err := openTAP(ns, name, vnet)
+	if err != nil {
+		return err
+	}
+	stack, err := slirp.NewWithConfig(slirp.Config{
+		MTU:             mtu,
+		VirtioNetHeader: vnet,
+		ReuseFrames:     true, // the device has copied a frame when write returns
+	})
+	if err != nil {
+		return err
+	}
+	defer stack.Close()
+	if profile != "" {
+		f, err := os.Create(profile)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if err := pprof.StartCPUProfile(f); err != nil {
+			return err
+		}
+		defer pprof.StopCPUProfile()
+	}
+
+	l := &link{stack: stack, dev: dev, drop: drop}
+	if vnet {
+		l.front = slirp.VirtioNetHeaderLen
+	}
+	failed, stop := make(chan error, 1), make(chan os.Signal, 1)
+	signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
+	go func() { failed <- l.serve() }()
+	fmt.Println("ready")
+	select {
+	case err = <-failed:
+	case <-stop:
+		fmt.Println(usage())
+	}
+	return err
+}
+
+// link carries frames between a device and a stack.
+type link struct {
+	stack *slirp.Stack
+	dev   *device
+	front int // length of the virtio_net_hdr in front of each frame
+	drop  float64
+
+	source  [6]byte  // who has sent packets
+	packets [][]byte // that the stack has not been given yet
+}
+
+// serve hands frames from the device to the stack until the device fails. As many as
+// there are at a time make one call of HandlePackets: the stack then answers them
+// together.
+func (l *link) serve() error {
+	for {
+		frames, err := l.dev.read()
+		if err != nil {
+			return err
+		}
+		for _, frame := range frames {
+			if len(frame) >= l.front+etherHeaderLen && !l.lose() {
+				l.receive(frame[l.front:])
+			}
+		}
+		l.handle()
+	}
+}
+
+// receive takes a frame of the guest. What the virtio_net_hdr has said of it is of no
+// interest: the stack takes packets of any length, and checksums that are not finished.
+func (l *link) receive(frame []byte) {
+	switch string(frame[12:14]) {
+	case etherTypeARP:
+		if reply := arpReply(frame); reply != nil {
+			l.send([][]byte{append(make([]byte, l.front), reply...)})
+		}
+	case etherTypeIPv4, etherTypeIPv6:
+		if source := [6]byte(frame[6:]); source != l.source {
+			l.handle()
+			l.source = source
+		}
+		l.packets = append(l.packets, frame[etherHeaderLen:])
+	}
+}
+
+// handle gives packets to the stack.
+func (l *link) handle() {
+	if len(l.packets) == 0 {
+		return
+	}
+	if err := l.stack.HandlePackets(0, l.source, gateway, l.packets, l.send); err != nil {
+		log.Print(err)
+	}
+	l.packets = l.packets[:0]
+}
+
+// send is the [slirp.BatchWriter] of the link.
+func (l *link) send(frames [][]byte) (first error) {
+	for _, frame := range frames {
+		if l.lose() {
+			continue
+		}
+		if err := l.dev.write(frame); err != nil && first == nil {
+			first = err
+		}
+	}
+	return first
+}
+
+func (l *link) lose() bool { return l.drop > 0 && rand.Float64() < l.drop }
+
+// arpReply returns the answer to an ARP request of Ethernet for IPv4 (RFC 826):
+// everything but the guest itself is at gateway. It returns nil for anything else, and
+// for a guest that asks whether its own address is free (RFC 5227).
+func arpReply(frame []byte) []byte {
+	const request, reply = "\x00\x01\x08\x00\x06\x04\x00\x01", "\x00\x01\x08\x00\x06\x04\x00\x02"
+	if len(frame) < etherHeaderLen+28 || string(frame[14:22]) != request {
+		return nil
+	}
+	sender, target := frame[22:32], frame[38:42] // both addresses; the IPv4 address
+	if bytes.Equal(sender[6:], target) || string(sender[6:]) == "\x00\x00\x00\x00" {
+		return nil
+	}
+	b := append([]byte(nil), sender[:6]...)
+	b = append(append(b, gateway[:]...), etherTypeARP+reply...)
+	b = append(append(b, gateway[:]...), target...)
+	return append(b, sender...)
+}

@@ -1,0 +1,21 @@
+//go:build !linux
+
+package main
+
+import (
+	"errors"
+	"runtime"
+)
+
+// device stands for the TAP device of Linux.
+type device struct{}
+
+var errNoTAP = errors.New("needs a TAP device of Linux, which " + runtime.GOOS + " has not")
+
+func openTAP(ns, name string, vnet bool) (*device, error) { return nil, errNoTAP }
+
+func (d *device) read() ([][]byte, error) { return nil, errNoTAP }
+
+func (d *device) write(frame []byte) error { return errNoTAP }
+
+func usage() string { return "" }
