@@ -271,7 +271,7 @@ func newDiffKernel(t *testing.T) *diffKernel {
 	ns, err := ring.NewNetNS()
 	must(err)
 	t.Cleanup(func() { ns.Close() })
-	tap, err := ns.TAP("tap0")
+	tap, err := ns.TAP("tap0", false)
 	must(err)
 	t.Cleanup(func() { tap.Close() })
 	must(ns.Do(func() error {
