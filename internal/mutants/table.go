@@ -98,8 +98,11 @@ var mutants = []mutant{
 	{"output/silly windows advertised", "internal/tcp/output.go", "if edge-t.rcv.adv < min(max(full, 1<<t.rcv.scale), t.recvBuf.max/2) {", "if edge < t.rcv.adv {", rules},
 	{"output/silly segments", "internal/tcp/output.go", "if n < min(queued, mss) && n < t.snd.maxWnd/2 && !t.override {", "if n < 0 {", rules},
 	{"output/FIN sent twice", "internal/tcp/output.go", "t.finQueued && t.snd.nxt == t.sendBuf.end\n", "t.finQueued && t.snd.nxt >= t.sendBuf.end && t.snd.una <= t.sendBuf.end\n", rules},
-	{"output/FIN beyond the window", "internal/tcp/output.go", "if t.finQueued && n == queued && n < usable {", "if t.finQueued && n == queued {", rules},
-	{"output/options on top of the MSS", "internal/tcp/output.go", "if room := t.snd.mss - t.optionsLen(&seg); n > room {", "if room := t.snd.mss + t.optionsLen(&seg); n > room {", rules},
+	{"output/FIN beyond the window", "internal/tcp/output.go", "max(n, 0)}\n\tif t.finQueued && n == queued && n < usable {",
+		"max(n, 0)}\n\tif t.finQueued && n == queued {", rules},
+	{"output/FIN beyond the window, behind several", "internal/tcp/output.go", "s.start + n\n\tif t.finQueued && n == queued && n < usable {",
+		"s.start + n\n\tif t.finQueued && n == queued {", rules},
+	{"output/options on top of the MSS", "internal/tcp/output.go", "if room := t.snd.mss - t.optionsLen(&seg);", "if room := t.snd.mss + t.optionsLen(&seg);", rules},
 	{"output/beyond the window, sent again", "internal/tcp/output.go", "\ts.end = min(s.end, t.snd.una+t.snd.wnd)\n", "", rules},
 	{"output/cwnd ignored", "internal/tcp/output.go", "if max(n, 1) > room {", "if n < 0 {", rules},
 	{"output/old cwnd after a pause", "internal/tcp/output.go", "\t\tt.reno.cwnd = min(t.reno.cwnd, initialWindow(t.mss()))\n", "", rules},
@@ -116,7 +119,7 @@ var mutants = []mutant{
 	{"loss/SACK block beyond SND.NXT", "internal/tcp/input.go", "left >= right || right > t.snd.nxt ||", "left >= right ||", rules},
 	{"loss/scoreboard without a bound", "internal/tcp/input.go", "len(t.loss.sacked) >= maxSacked &&", "len(t.loss.sacked) >= 2*maxSacked &&", rules},
 	{"loss/SACKed data survives a timeout", "internal/tcp/loss.go", "\t\tl.sacked = l.sacked[:0]\n", "", rules},
-	{"loss/no limit in slow start", "internal/tcp/reno.go", "c.cwnd += min(n, limit*mss)", "c.cwnd += n", rules},
+	{"loss/no limit in slow start", "internal/tcp/reno.go", "c.cwnd += min(n, limit*mss, ", "c.cwnd += min(n, ", rules},
 	{"loss/path MTU of a segment not sent", "internal/tcp/loss.go", "off >= t.snd.nxt || size >= t.snd.mss", "off > t.snd.nxt || size >= t.snd.mss", rules},
 
 	// Timers.
