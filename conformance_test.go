@@ -462,7 +462,6 @@ var ConformanceTests = map[string]func(*testing.T){
 	"TestS12_TimeWait":                     TestS12_TimeWait,
 	"TestS14_OptimisticACKs":               TestS14_OptimisticACKs,
 	"TestS15_DuplicateACKs":                TestS15_DuplicateACKs,
-	"TestS15_Inflation":                    TestS15_Inflation,
 	"TestS16_Strays":                       TestS16_Strays,
 	"TestS17_ACKStorm":                     TestS17_ACKStorm,
 	"TestS18_Goroutines":                   TestS18_Goroutines,

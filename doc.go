@@ -78,7 +78,10 @@
 // guest slows the host. The guest's FIN becomes CloseWrite on the host connection
 // after the last byte (Close, if the connection has no CloseWrite); the host's
 // EOF becomes a FIN. A reset on either side becomes a reset on the other, after
-// what the window lets pass at once.
+// what the window lets pass at once. While the buffer is full the host is not read
+// from, so every 2 s the operating system is asked if it was reset (not on Windows, and
+// not about a connection of Dial that is no *net.TCPConn: there the guest has to take
+// what is in the buffer first).
 //
 // A guest that is silent for TCPIdleTimeout is probed every 5 s; after three
 // probes without an answer both sides are reset. A guest that answers keeps its
@@ -145,7 +148,9 @@
 // # Limits
 //
 // Memory follows need: an idle flow holds no buffer, rings grow to SendBuffer and
-// ReceiveBuffer and go back when they are empty. Flows, dials under way, and
+// ReceiveBuffer and go back when they are empty. All of them in a namespace hold
+// MaxBuffered at most: the more there is, the less of what is left has the next one to
+// take, down to 8 KiB. Then hosts are read from less, and guests see smaller windows. Flows, dials under way, and
 // half-open connections are bounded per namespace or listener (see [Config]), and
 // so are connections in TIME-WAIT (4,096 for each namespace), remembered guest addresses
 // (4,096 for each namespace), guests behind a smaller MTU (1,024 in all), and ICMP errors and resets for segments of no connection

@@ -82,6 +82,12 @@ func (s *Stack) insert(key *flowKey, f flow) error {
 	}
 	*n++
 	s.flows[*key] = f
+	if c, ok := f.(*tcpConn); ok {
+		c.memory = a.memory
+		if c.tcb != nil { // nobody else has it yet
+			c.tcb.UseMemory(c.memory)
+		}
+	}
 	return nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/KarpelesLab/slirp/internal/reassembly"
+	"github.com/KarpelesLab/slirp/internal/tcp"
 )
 
 // What bounds a Stack: the accounts of the namespaces, TIME-WAIT, counters, and
@@ -17,8 +18,9 @@ import (
 // account is what one namespace uses. It is guarded by Stack.mu.
 type account struct {
 	tcp, udp int
-	dials    int        // calls of Allow and Dial under way
-	timeWait *list.List // of *tcpConn, the oldest first; nil until needed
+	dials    int         // calls of Allow and Dial under way
+	memory   *tcp.Memory // of the buffers of TCP flows
+	timeWait *list.List  // of *tcpConn, the oldest first; nil until needed
 
 	// NAT flows of UDP that the host has not answered, *udpFlow: the first one is
 	// the first to make way.
@@ -38,6 +40,9 @@ func (s *Stack) account(ns uintptr) *account {
 	a := s.accounts[ns]
 	if a == nil {
 		a = new(account)
+		if s.cfg.MaxBuffered >= 0 {
+			a.memory = tcp.NewMemory(int64(s.cfg.MaxBuffered))
+		}
 		s.accounts[ns] = a
 	}
 	return a
@@ -418,6 +423,8 @@ type Stats struct {
 
 	TCPFlows, UDPFlows, PendingDials, TimeWait int // now, over all namespaces
 	PendingFragments                           int // packets now of which fragments are missing
+
+	Buffered int64 // bytes of memory now that the buffers of TCP flows hold, unless MaxBuffered is negative
 }
 
 // Stats returns the counters. They are read one by one, not at one instant.
@@ -447,6 +454,7 @@ func (s *Stack) Stats() Stats {
 		st.TCPFlows += a.tcp
 		st.UDPFlows += a.udp
 		st.PendingDials += a.dials
+		st.Buffered += a.memory.Held()
 		if a.timeWait != nil {
 			st.TimeWait += a.timeWait.Len()
 		}

@@ -122,7 +122,7 @@ func TestConfigErrors(t *testing.T) {
 		cfg   Config
 	}{
 		{"MTU", Config{MTU: 1279}}, {"MTU", Config{MTU: 65536}}, {"MTU", Config{MTU: -1}},
-		{"SendBuffer", Config{SendBuffer: 4095}}, {"SendBuffer", Config{SendBuffer: -1}}, {"SendBuffer", Config{SendBuffer: 1<<30 + 1}},
+		{"SendBuffer", Config{SendBuffer: 4095}}, {"SendBuffer", Config{SendBuffer: -1}}, {"SendBuffer", Config{SendBuffer: maxBuffer + 1}},
 		{"ReceiveBuffer", Config{ReceiveBuffer: 1}}, {"ReceiveBuffer", Config{ReceiveBuffer: -1}},
 		{"Addresses", Config{Addresses: []netip.Addr{{}}}},
 		{"Addresses", Config{Addresses: []netip.Addr{netip.MustParseAddr("0.0.0.0")}}},
@@ -136,7 +136,7 @@ func TestConfigErrors(t *testing.T) {
 			t.Errorf("%v does not name %s", err, want)
 		}
 	}
-	for _, cfg := range []Config{{}, {MTU: 1280, SendBuffer: 4096, ReceiveBuffer: 4096}, {MTU: 65535, SendBuffer: 1 << 30}} {
+	for _, cfg := range []Config{{}, {MTU: 1280, SendBuffer: 4096, ReceiveBuffer: 4096}, {MTU: 65535, SendBuffer: maxBuffer, ReceiveBuffer: maxBuffer}} {
 		s, err := NewWithConfig(cfg)
 		if err != nil {
 			t.Errorf("%+v: %v", cfg, err)

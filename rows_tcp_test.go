@@ -749,7 +749,6 @@ func TestT075_DayOfProbes(t *testing.T) {
 // TestT076_SilenceAfterAnswers answers the probes of a closed window for ten minutes,
 // and no more.
 func TestT076_SilenceAfterAnswers(t *testing.T) {
-	fails(t, "T076")
 	eachEnd(t, Config{}, func(t *testing.T, g *guest, far farEnd) {
 		g.win = 0
 		g.ack()

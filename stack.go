@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"log/slog"
+	"math"
 	"net"
 	"net/netip"
 	"sync"
@@ -106,9 +107,17 @@ type Config struct {
 	MTU int
 
 	// SendBuffer and ReceiveBuffer bound the bytes held for one TCP flow in
-	// each direction. Default 1 MiB each; at least 4096, at most 1 GiB. Memory
+	// each direction. Default 1 MiB each; at least 4096, at most 512 MiB. Memory
 	// is taken as it is needed: an idle flow holds none.
 	SendBuffer, ReceiveBuffer int
+
+	// MaxBuffered bounds the bytes that all TCP flows of one namespace hold in such
+	// buffers. No buffer grows beyond a sixteenth of what is left, so that flows that
+	// hold theirs for ever leave some to the others; but each may hold 8 KiB whatever
+	// the others do. Where memory is short a host is read from less, and a guest's
+	// window is smaller. Default 32 times SendBuffer and ReceiveBuffer together, at
+	// least 64 MiB; negative: no limit.
+	MaxBuffered int
 
 	// TCPIdleTimeout is how long a TCP flow may be silent before the guest is
 	// probed (keep-alive, every 5 s, 3 times); a guest that does not answer
@@ -293,6 +302,7 @@ func (cfg Config) withDefaults() (Config, error) {
 	def(&cfg.MTU, 1500)
 	def(&cfg.SendBuffer, 1<<20)
 	def(&cfg.ReceiveBuffer, 1<<20)
+	def(&cfg.MaxBuffered, max(64<<20, int(min(32*(int64(cfg.SendBuffer)+int64(cfg.ReceiveBuffer)), math.MaxInt))))
 	def(&cfg.MaxTCPFlows, 16384)
 	def(&cfg.MaxUDPFlows, 4096)
 	def(&cfg.MaxPendingDials, 256)
@@ -313,15 +323,22 @@ func (cfg Config) withDefaults() (Config, error) {
 	return cfg, cfg.validate()
 }
 
+// A buffer has memory of a power of two that is above its size, which has to have a
+// length on machines of 32 bits.
+const (
+	minBuffer = 4096
+	maxBuffer = 512 << 20
+)
+
 func (cfg *Config) validate() error {
 	if cfg.MTU < 1280 || cfg.MTU > 65535 {
 		return fmt.Errorf("slirp: Config.MTU: %d is not between 1280 and 65535", cfg.MTU)
 	}
-	if cfg.SendBuffer < 4096 || cfg.SendBuffer > 1<<30 {
-		return fmt.Errorf("slirp: Config.SendBuffer: %d is not between 4096 and 1 GiB", cfg.SendBuffer)
+	if cfg.SendBuffer < minBuffer || cfg.SendBuffer > maxBuffer {
+		return fmt.Errorf("slirp: Config.SendBuffer: %d is not between 4096 and 512 MiB", cfg.SendBuffer)
 	}
-	if cfg.ReceiveBuffer < 4096 || cfg.ReceiveBuffer > 1<<30 {
-		return fmt.Errorf("slirp: Config.ReceiveBuffer: %d is not between 4096 and 1 GiB", cfg.ReceiveBuffer)
+	if cfg.ReceiveBuffer < minBuffer || cfg.ReceiveBuffer > maxBuffer {
+		return fmt.Errorf("slirp: Config.ReceiveBuffer: %d is not between 4096 and 512 MiB", cfg.ReceiveBuffer)
 	}
 	if cfg.UDPMapping != UDPMappingPerFlow && cfg.UDPMapping != UDPMappingEndpoint {
 		return fmt.Errorf("slirp: Config.UDPMapping: %d is unknown", cfg.UDPMapping)

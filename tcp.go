@@ -242,6 +242,7 @@ func (c *tcpConn) run(ctx context.Context) {
 	}
 	c.opening, c.host, c.out = nil, host, hostio.NewWriter(host)
 	c.tcb = tcp.NewPassive(cfg, now, &o.syn)
+	c.tcb.UseMemory(c.memory)
 	c.flush(now)
 	c.readHost()
 }
@@ -348,13 +349,13 @@ const (
 // buffer is lent to each read, as long as the last ones made use of it, and only
 // while there is something to read.
 func (c *tcpConn) readHost() {
-	size, lent := minRead, 0
+	size, lent, starved := minRead, 0, false
 	r := hostio.NewReader(c.host,
 		func() []byte {
 			c.mu.Lock()
 			defer c.mu.Unlock()
 			p := c.tcb.Reserve(size)
-			lent = len(p)
+			lent, starved = len(p), len(p) == 0
 			return p
 		},
 		func() {
@@ -363,9 +364,14 @@ func (c *tcpConn) readHost() {
 			c.tcb.Commit(0)
 		})
 	for c.waitWritable() {
+		starved = false
 		n, err := r.Read()
 		c.mu.Lock()
 		c.tcb.Commit(n)
+		if starved && c.tcb.State() != tcp.Closed {
+			c.mu.Unlock()
+			continue // other flows have just taken the memory
+		}
 		switch {
 		case n == lent:
 			size = min(2*size, maxRead)
@@ -386,9 +392,36 @@ func (c *tcpConn) waitWritable() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for !c.gone && c.tcb.Free() == 0 && c.tcb.State() != tcp.Closed {
+		if c.out.OK() && c.lookAt.IsZero() {
+			now := time.Now()
+			c.lookAt = now.Add(lookInterval)
+			c.setTimer(now)
+		}
+		c.readWaits = true
 		c.writable.Wait()
+		c.readWaits = false
 	}
 	return !c.gone
+}
+
+// lookInterval is the time between two looks at a host that is not read from.
+const lookInterval = 2 * time.Second
+
+// lookAtHost has a flow end whose host has failed while nothing is read from it, for
+// want of room: only a guest that takes what is there would have it read otherwise. It
+// is called with c.mu held, so that nobody reads meanwhile: the error that it finds is
+// told once, and a read would take what follows for the end of the data.
+func (c *tcpConn) lookAtHost(now time.Time) {
+	switch {
+	case c.lookAt.IsZero() || now.Before(c.lookAt):
+	case !c.readWaits:
+		c.lookAt = time.Time{}
+	case c.out.Failure() != nil:
+		c.readDone = true
+		c.tcb.Abort()
+	default:
+		c.lookAt = now.Add(lookInterval)
+	}
 }
 
 // hostEnded tells the guest that the host's side has ended: with a FIN after the
@@ -506,6 +539,9 @@ func (c *tcpConn) nextForHost() []byte {
 		c.closedWhole = !canHalf
 	}
 	readDone, gone := c.readDone, c.gone
+	if gone {
+		c.tcb.Release()
+	}
 	c.mu.Unlock()
 	switch {
 	case end && canHalf && !readDone:

@@ -19,6 +19,8 @@ type tcpConn struct {
 	stack *Stack
 	key   flowKey
 
+	memory *tcp.Memory // of the namespace, set once, with stack.mu held
+
 	// Guarded by stack.mu.
 	listener  *Listener     // that waits for the handshake, or for Accept
 	opened    time.Time     // when the SYN came
@@ -48,6 +50,8 @@ type tcpConn struct {
 	out         hostio.Writer // of host
 	heldUntil   time.Time     // when bytes that wait for more are written; zero: none do
 	pumping     bool          // a goroutine writes to host
+	readWaits   bool          // for room in the send buffer
+	lookAt      time.Time     // when host is looked at, which is not read from; zero: it is not
 	readDone    bool          // host has nothing more to say
 	ending      bool          // host has failed, and its last words wait for emitting to be false
 	writeDone   bool          // nothing more is written to host
@@ -117,6 +121,9 @@ func (c *tcpConn) flushTurn(now time.Time, frames int) error {
 	err := c.emit(now, frames)
 	reason := c.tcb.Reason()
 	drain := c.gone && c.pumping
+	if c.gone && !c.pumping {
+		c.tcb.Release()
+	}
 	c.mu.Unlock()
 	c.react(ev, reason, unread)
 	if drain {
@@ -210,6 +217,9 @@ func (c *tcpConn) setTimer(now time.Time) {
 	if !c.heldUntil.IsZero() && (d.IsZero() || c.heldUntil.Before(d)) {
 		d = c.heldUntil
 	}
+	if !c.lookAt.IsZero() && (d.IsZero() || c.lookAt.Before(d)) && !c.gone {
+		d = c.lookAt
+	}
 	if c.unfinished {
 		d = now
 	}
@@ -250,6 +260,7 @@ func (c *tcpConn) onTimer() {
 	c.timerAt = time.Time{}
 	now := time.Now()
 	c.tcb.Advance(now)
+	c.lookAtHost(now)
 	c.flushTurn(now, maxTurn)
 }
 
@@ -297,6 +308,9 @@ func (c *tcpConn) forget() {
 		c.timer.Stop()
 	}
 	drain := c.pumping
+	if c.tcb != nil && !drain {
+		c.tcb.Release()
+	}
 	c.mu.Unlock()
 	c.stack.remove(&c.key, c)
 	if drain {

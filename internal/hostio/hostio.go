@@ -128,3 +128,8 @@ func (w Writer) OK() bool { return w.raw.ok() }
 // Write writes as much of p as there is room for now. Less than all of it is no
 // error.
 func (w Writer) Write(p []byte) (int, error) { return w.raw.write(p) }
+
+// Failure returns the error that has ended the connection, if there is one of which
+// neither a read nor a write has told: the peer has reset it, most likely. It neither
+// waits nor reads, and tells of an error once. It may be called if Write may be.
+func (w Writer) Failure() error { return w.raw.failure() }

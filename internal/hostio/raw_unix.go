@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"syscall"
 )
@@ -247,4 +248,17 @@ func (c *writing) write(fd uintptr) bool {
 		}
 		return true
 	}
+}
+
+// failure asks the socket for its error, which there is at once. What has arrived
+// before a reset may still be in the socket, where it hides the reset from a read.
+func (w rawWriter) failure() error {
+	var errno int
+	var err error
+	if w.conn.Control(func(fd uintptr) {
+		errno, err = syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_ERROR)
+	}) != nil || err != nil || errno == 0 {
+		return nil // or it was closed here
+	}
+	return os.NewSyscallError("read", syscall.Errno(errno))
 }

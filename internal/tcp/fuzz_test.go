@@ -10,8 +10,9 @@ import (
 // TCB's state and lies about some of it.
 type fuzzer struct {
 	*harness
-	ops  []byte
-	read int64 // bytes that the application has read
+	ops    []byte
+	memory *Memory
+	others int64 // bytes of memory that others hold
 }
 
 // next returns the next byte of the input.
@@ -165,6 +166,9 @@ func (f *fuzzer) step() {
 		f.EOF()
 		f.Unsent()
 		f.Free()
+		n := int64(f.next()) << 12
+		f.memory.take(n - f.others)
+		f.others = n
 	}
 	f.pull()
 	f.queue, f.times = f.queue[:0], f.times[:0]
@@ -193,6 +197,10 @@ func (f *fuzzer) silence() {
 	if f.Output(f.now, f.buf) != 0 || !f.TCB.Deadline().IsZero() {
 		f.Fatal("closed, but not at rest")
 	}
+	f.Discard(f.Buffered())
+	if n := f.memory.Held() - f.others; n != 0 {
+		f.Fatalf("%d bytes are held in the end", n)
+	}
 }
 
 func FuzzTCB(f *testing.F) {
@@ -213,7 +221,7 @@ func FuzzTCB(f *testing.F) {
 			cfg.KeepAlive = KeepAlive{10 * sec, sec, 3}
 		}
 		h := &harness{T: t, now: epoch, edge: -1, silent: true}
-		ops.harness = h
+		ops.harness, ops.memory = h, NewMemory(int64(ops.next())<<12)
 		if ops.next()%2 == 0 {
 			h.TCB = NewActive(cfg, epoch)
 		} else {
@@ -222,6 +230,7 @@ func FuzzTCB(f *testing.F) {
 				HasTimestamps: ops.next()%2 == 0, TSVal: hPeerTS}
 			h.TCB = NewPassive(cfg, epoch, &syn)
 		}
+		h.UseMemory(ops.memory)
 		h.pull()
 		if ops.next()%8 > 0 {
 			ops.input(Segment{Seq: hIRS + uint32(h.rcv.nxt) - 1, Flags: SYN | ACK, Ack: hISS + 1, Window: 65535, MSS: 1460,

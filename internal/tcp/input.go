@@ -12,6 +12,7 @@ const windowSlack = 1024
 // Input takes one segment. Payload is copied. The caller then calls Output
 // until it returns 0.
 func (t *TCB) Input(now time.Time, seg *Segment) {
+	now = t.clock(now)
 	switch t.state {
 	case Closed:
 	case SynSent:
@@ -97,6 +98,7 @@ func (t *TCB) inputOtherwise(now time.Time, seg *Segment) {
 		// At a closed window the ACK counts all the same (MUST-66), and so it does
 		// from a peer that has filled the window while we miss some of it.
 		if off != t.rcv.nxt && off != t.rcv.adv {
+			t.hearBelow(now, off, seg)
 			return
 		}
 	}
@@ -197,8 +199,7 @@ func (t *TCB) inputAck(now time.Time, off int64, seg *Segment) bool {
 		t.establish(now, seg, off, ack)
 		return true
 	}
-	// RFC 5961 section 5.2: an ACK of what was not sent, or of what is too old.
-	if ack > t.snd.nxt || ack < t.snd.una-t.snd.maxWnd {
+	if !t.possible(ack) {
 		t.challenge(now)
 		return false
 	}
@@ -219,6 +220,22 @@ func (t *TCB) inputAck(now time.Time, off int64, seg *Segment) bool {
 		t.useBlocks(now)
 	}
 	return t.state != Closed
+}
+
+// possible reports whether ack is none of what was not sent, nor of what is too old
+// (RFC 5961 section 5.2).
+func (t *TCB) possible(ack int64) bool {
+	return ack <= t.snd.nxt && ack >= t.snd.una-t.snd.maxWnd
+}
+
+// hearBelow takes a segment that is not acceptable as a sign of life, if it lies below
+// the window: a probe of a closed window, or what the peer sends again while our ACKs
+// are lost. Nothing else in it counts.
+func (t *TCB) hearBelow(now time.Time, off int64, seg *Segment) {
+	ack := t.snd.seq.unwrap(seg.Ack, t.snd.una)
+	if off < t.rcv.nxt && seg.Flags&(SYN|ACK) == ACK && t.synchronized() && t.possible(ack) {
+		t.heard(now)
+	}
 }
 
 // establish ends the handshake: the peer has acknowledged the SYN.
@@ -277,7 +294,7 @@ func (t *TCB) acked(now time.Time, ack int64, seg *Segment) {
 	t.retries = 0
 	t.disarm(timerRexmt) // Output starts it again if something is outstanding
 	// A quarter of the buffer: a writer that is woken for every ACK writes crumbs.
-	if t.blocked && t.sendBuf.free() >= t.sendBuf.max/4 && t.canSend() {
+	if t.blocked && t.sendBuf.free() >= t.sendBuf.room()/4 && t.canSend() {
 		t.blocked = false
 		t.events |= EventWritable
 	}
@@ -289,7 +306,7 @@ func (t *TCB) acked(now time.Time, ack int64, seg *Segment) {
 		t.reno.cwnd = t.reno.ssthresh
 	}
 	slow := t.loss.phase == phaseRTO
-	ended := t.loss.advance(ack, n, t.mss())
+	ended := t.loss.advance(ack, t.snd.nxt, n, t.mss())
 	t.takeBlocks(seg)
 	switch {
 	case ended && !slow:
@@ -311,7 +328,8 @@ func (t *TCB) acked(now time.Time, ack int64, seg *Segment) {
 	if ack == t.snd.nxt {
 		t.loss.release()
 	}
-	if t.orphan && t.armed(timerEnd) {
+	if t.orphan && t.armed(timerEnd) && (ack >= t.orphanGoal || ack > t.sendBuf.end) {
+		t.orphanGoal = ack + orphanBytes
 		t.arm(timerEnd, now, orphanTime)
 	}
 	if t.finQueued && ack > t.sendBuf.end {

@@ -53,6 +53,7 @@ type lossState struct {
 	highRxt int64 // end of what was retransmitted in this recovery: HighRxt
 	rescued bool  // the rescue retransmission was used (NextSeg rule 4)
 	limited int64 // bytes sent by limited transmit since the first duplicate ACK
+	dupEdge int64 // of what is below, a duplicate ACK may tell in this recovery that it has arrived
 	rtxDue  bool  // the first segment goes out whatever pipe says
 
 	cut int64 // nxt when cwnd was last reduced for a loss
@@ -116,12 +117,18 @@ func (r *reorderState) recovered() {
 }
 
 // left returns the bytes that have left the network above una: they were
-// SACKed, or duplicate ACKs stand for them.
+// SACKed, or duplicate ACKs stand for them. No more of these count than there can be:
+// two before recovery (RFC 3042), and in it one for each segment behind the lost one
+// that was in flight a round trip ago (RFC 5681 section 3.2, step 4).
 func (l *lossState) left(una, nxt, mss int64) int64 {
 	if l.sack {
 		return l.sacked.size()
 	}
-	return min(l.dupAcks*mss, max(0, nxt-una-mss))
+	most := min(nxt-una-mss, (dupThresh-1)*mss)
+	if l.phase != phaseOpen {
+		most = l.dupEdge - una - mss
+	}
+	return min(l.dupAcks*mss, max(0, most))
 }
 
 // lostEdge returns the offset below which everything that the peer does not
@@ -228,7 +235,7 @@ func (l *lossState) nextDoubtful(una, nxt, mss int64) span {
 
 // enter begins recovery of everything that is outstanding.
 func (l *lossState) enter(p phase, una, nxt int64) {
-	l.phase, l.recover, l.highRxt = p, nxt, una
+	l.phase, l.recover, l.highRxt, l.dupEdge = p, nxt, una, nxt
 	l.rescued, l.rtxDue, l.limited = false, true, 0
 	l.resent, l.lostAgain = l.resent[:0], l.lostAgain[:0]
 	l.tailDue, l.tailEnd, l.probes = false, 0, 0
@@ -324,7 +331,7 @@ func (l *lossState) holds(una int64, s span) bool {
 
 // advance takes a cumulative ACK of n bytes up to una, and reports whether it
 // ended a recovery.
-func (l *lossState) advance(una, n, mss int64) (ended bool) {
+func (l *lossState) advance(una, nxt, n, mss int64) (ended bool) {
 	if len(l.sacked) > 0 && una-n >= l.everRxt {
 		l.reorder.seen = true // a gap was filled without a retransmission (RFC 8985 section 6.2 step 3)
 	}
@@ -340,7 +347,7 @@ func (l *lossState) advance(una, n, mss int64) (ended bool) {
 		// A partial ACK, RFC 6582 section 3.2 step 3: the next segment is lost
 		// too; of the duplicates, those that the ACK covers are accounted for.
 		l.dupAcks = max(0, l.dupAcks-max(0, n/mss-1))
-		l.highRxt, l.rtxDue = una, true
+		l.highRxt, l.rtxDue, l.dupEdge = una, true, nxt
 	}
 	return false
 }
@@ -355,6 +362,7 @@ func (l *lossState) advance(una, n, mss int64) (ended bool) {
 // remembered. The congestion window stays (RFC 8201 section 5.4): this is no
 // sign of congestion.
 func (t *TCB) PathMTU(now time.Time, mss int, seq uint32) bool {
+	now = t.clock(now)
 	off, size := t.snd.seq.unwrap(seq, t.snd.una), max(int64(mss), mssFloor)
 	if !t.synchronized() || t.state == TimeWait || off < t.snd.una || off >= t.snd.nxt || size >= t.snd.mss {
 		return false

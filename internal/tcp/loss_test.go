@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 )
@@ -74,6 +75,46 @@ func TestT105FastRetransmit(t *testing.T) {
 	h.ack(0)
 	h.wantSegments(1)
 	h.wantCwnd(2, 2)
+}
+
+// S15: duplicates beyond what can have arrived have nothing go, and there is one fast
+// retransmit in a recovery, however many come.
+func TestS15Inflation(t *testing.T) {
+	for _, options := range []string{"", ",sackOK"} {
+		h := thousand(t, options)
+		h.silent = true
+		h.write(1 << 19)
+		first := h.snd.nxt - h.snd.una
+		storm := func(most int64, again int) {
+			t.Helper()
+			h.drain()
+			una, nxt := h.snd.una, h.snd.nxt
+			for range 10_000 {
+				h.in(fmt.Sprintf(". 1 ack %d", una))
+			}
+			sent := 0
+			for _, s := range h.data() {
+				if first, _, _ := strings.Cut(s, ":"); num(first) < nxt {
+					sent++
+				}
+			}
+			if n := h.snd.nxt - nxt; n > most || sent > again {
+				t.Errorf("with%s: %d bytes sent, want at most %d; %d segments again, want at most %d", options, n, most, sent, again)
+			}
+		}
+		storm(first+2*h.mss(), 1)
+		if options == "" { // a partial ACK: the next segment is lost too, and a round trip is over
+			flight := h.snd.nxt - h.snd.una
+			h.in(". 1 ack 1001")
+			storm(flight, 1)
+		}
+		// After the recovery the same ACKs begin no other one.
+		h.in(fmt.Sprintf(". 1 ack %d", max(h.loss.recover, 1001)))
+		if h.loss.phase != phaseOpen {
+			t.Fatalf("with%s: %+v", options, h.loss)
+		}
+		storm(2*h.mss(), 0)
+	}
 }
 
 // T106: what is no duplicate ACK.

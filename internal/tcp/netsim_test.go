@@ -31,6 +31,9 @@ type side struct {
 	noSACK bool          // its SYN does not permit SACK
 	burst  time.Duration // packets wait for the end of such a period, and are taken together; 0: each when it comes
 
+	memory *Memory     // of its buffers
+	others func(i int) // called for the i-th segment that this side sends: what others do with the memory
+
 	size, wrote int64
 	got         int64
 	slow        int       // the application reads at most so many bytes at a time; 0: all
@@ -47,6 +50,9 @@ type side struct {
 // checkOutput checks a segment that this side sends.
 func (s *side) checkOutput(seg *Segment) {
 	s.segments++
+	if s.others != nil {
+		s.others(s.segments)
+	}
 	off := s.snd.seq.unwrap(seg.Seq, s.snd.una)
 	end := off + int64(len(seg.Payload))
 	if len(seg.Payload) > 0 {
@@ -125,6 +131,7 @@ func (s *side) receive(now time.Time, p []byte) {
 	}
 	if s.TCB == nil {
 		s.TCB = NewPassive(s.cfg, now, &seg)
+		s.UseMemory(s.memory)
 	} else {
 		s.Input(now, &seg)
 	}
@@ -249,6 +256,7 @@ func transfer(t *testing.T, a, b *side) time.Duration {
 		s.buf = make([]byte, MaxHeaderLen+max(s.cfg.MSS, s.cfg.Offload))
 	}
 	a.TCB = NewActive(a.cfg, epoch)
+	a.UseMemory(a.memory)
 	var received time.Duration
 	for now := epoch; ; {
 		a.turn(now)
@@ -324,6 +332,78 @@ func TestTransfer(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestTransferMemory moves data both ways while there is little memory for buffers, none
+// but what nobody can take away, and now more, now less. All of it comes back.
+func TestTransferMemory(t *testing.T) {
+	links := map[string]netsim.Config{
+		"delay":      {Delay: 20 * ms},
+		"loss":       {Delay: 5 * ms, Loss: 0.05},
+		"reordering": {Delay: 20 * ms, Reorder: 0.1, ReorderDelay: 3 * ms},
+		"bottleneck": {Delay: 5 * ms, Rate: 10_000_000, Queue: 30_000},
+	}
+	for name, link := range links {
+		for _, size := range []int64{0, 64 << 10, 1 << 20} {
+			for _, mss := range []int{1460, 9000, 60_000} {
+				t.Run(fmt.Sprintf("%s/%d/%d", name, size, mss), func(t *testing.T) {
+					t.Parallel()
+					link := link
+					memory := NewMemory(size)
+					a, b := &side{size: 300_000, strict: true, memory: memory}, &side{size: 300_000, strict: true, memory: memory}
+					a.cfg, b.cfg = testConfig(), testConfig()
+					a.cfg.MSS, b.cfg.ReceiveBuffer = mss, 1<<28 // a window scale of 13
+					b.slow = 3000
+					taken := int64(0)
+					a.others = func(i int) {
+						if i%7 == 0 {
+							memory.take(size - 2*taken)
+							taken = size - taken
+						}
+						if n := memory.Held() - taken; n > size+2<<minRingBits+2*(4<<13) {
+							t.Fatalf("%d bytes are held", n)
+						}
+					}
+					link.Seed = uint64(mss)
+					a.out = netsim.New(link)
+					link.Seed++
+					b.out = netsim.New(link)
+					t.Logf("%v", transfer(t, a, b))
+					a.Abort()
+					b.Abort()
+					if n := memory.Held() - taken; n != 0 {
+						t.Errorf("%d bytes are held in the end", n)
+					}
+				})
+			}
+		}
+	}
+}
+
+// Bytes that nobody has read count until Release, and can still be read.
+func TestRelease(t *testing.T) {
+	h := established(t, plain)
+	m := NewMemory(1 << 20)
+	h.UseMemory(m)
+	h.in("P. 1:1001 ack 1")
+	h.write(5000)
+	if m.Held() != 4<<10+8<<10 {
+		t.Errorf("%d bytes are held", m.Held())
+	}
+	h.in("R 1001")
+	h.wantClosed(Reset)
+	if m.Held() != 4<<10 {
+		t.Errorf("%d bytes are held at the end", m.Held())
+	}
+	h.Release()
+	h.Release()
+	if m.Held() != 0 {
+		t.Errorf("%d bytes are held after Release", m.Held())
+	}
+	h.read(1000)
+	if m.Held() != 0 {
+		t.Errorf("%d bytes are held in the end", m.Held())
 	}
 }
 

@@ -12,6 +12,7 @@ import "time"
 // to be cut there by whoever has it next: all parts have its header, but for the
 // sequence number, and PSH and FIN, which are the last one's.
 func (t *TCB) Output(now time.Time, buf []byte) int {
+	now = t.clock(now)
 	switch {
 	case t.rstDue:
 		return t.outputReset(now, buf)
@@ -326,15 +327,16 @@ func (t *TCB) tsVal(now time.Time) uint32 {
 }
 
 // windowEdge returns the right edge of the window to advertise: the end of the
-// buffer, as far as the window field reaches, unless that would move the edge by
+// buffer, or of what memory there is for it, as far as the window field reaches, unless that would move the edge by
 // a silly amount (RFC 9293 section 3.8.6.2.2).
 func (t *TCB) windowEdge() int64 {
-	edge := min(t.recvBuf.base+t.recvBuf.max, t.rcv.nxt+65535<<t.rcv.scale)
+	room := t.recvBuf.room()
+	edge := min(t.recvBuf.base+room, t.rcv.nxt+65535<<t.rcv.scale)
 	full := int64(t.cfg.MSS)
 	if t.timestamps {
 		full -= timestampsLen
 	}
-	if edge-t.rcv.adv < min(max(full, 1<<t.rcv.scale), t.recvBuf.max/2) {
+	if edge-t.rcv.adv < min(max(full, 1<<t.rcv.scale), room/2) {
 		return t.rcv.adv
 	}
 	return edge

@@ -70,7 +70,7 @@ func TestT074Persist(t *testing.T) {
 	h.expect()
 	h.advance(24 * time.Hour)
 	want, at := []float64{}, 0.3
-	for d := 0.6; len(want) < 15; d = min(2*d, 120) {
+	for d := 0.6; len(want) < 12; d = min(2*d, 120) {
 		want = append(want, start+at)
 		at += d
 	}
@@ -78,17 +78,48 @@ func TestT074Persist(t *testing.T) {
 		t.Errorf("probes at %.3f\nwant %.3f", h.times, want)
 	}
 	h.wantClosed(TimedOut) // T076
-	if at < 100 || at > 20*60 {
+	if at < 100 || at > 15*60 {
 		t.Errorf("gave up after %v s", at)
 	}
 	q := h.drain()
-	for _, s := range q[:15] {
+	for _, s := range q[:12] {
 		if !match(s, ". 0 ack 1") { // SND.UNA-1, no data
 			t.Errorf("probe %s", s)
 		}
 	}
-	if !match(q[15], "R. 1 ack 1") {
-		t.Errorf("last %s", q[15])
+	if !match(q[12], "R. 1 ack 1") {
+		t.Errorf("last %s", q[12])
+	}
+}
+
+// T076: whatever the timeout is, and however far the probes are apart already, silence
+// ends the connection within R2.
+func TestT076SilenceAtClosedWindow(t *testing.T) {
+	for _, rto := range []time.Duration{minRTO, sec, 7 * sec, 45 * sec, 70 * sec, 119 * sec, maxRTO} {
+		for _, answers := range []int{0, 1, 5, 9, 100} {
+			h := established(t, plain)
+			h.silent = true
+			h.rtt.rto = rto
+			h.in(". 1 ack 1 win 0")
+			h.write(10)
+			heard := h.now
+			for range answers {
+				h.now = h.TCB.Deadline()
+				h.Advance(h.now)
+				h.pull()
+				h.in(". 1 ack 1 win 0")
+				heard = h.now
+			}
+			for h.state != Closed {
+				h.now = h.TCB.Deadline()
+				h.Advance(h.now)
+				h.pull()
+			}
+			h.wantClosed(TimedOut)
+			if d := h.now.Sub(heard); d < 100*sec || d > 15*time.Minute {
+				t.Errorf("RTO %v, %d answers: given up after %v of silence", rto, answers, d)
+			}
+		}
 	}
 }
 

@@ -24,6 +24,13 @@ type recvBuf struct {
 	dsack     span             // the duplicate to report once (RFC 2883); empty: none
 }
 
+// room returns how many bytes the buffer may be promised to hold now. Where memory is
+// short that is not all of the ring: a promise is rounded up to the scale of the window.
+func (b *recvBuf) room() int64 {
+	n := b.ring.most(shareToPlan)
+	return min(b.max, n-n/4)
+}
+
 // live returns the range of the ring that holds bytes.
 func (b *recvBuf) live() span {
 	s := span{b.base, b.nxt}
@@ -48,7 +55,14 @@ func (b *recvBuf) insert(off int64, p []byte) int64 {
 		return 0
 	}
 	live := b.live()
-	b.ring.grow(max(end, live.end)-b.base, live)
+	for !b.ring.grow(max(end, live.end)-b.base, live) {
+		// There is no memory for all of it: the peer sends the rest again.
+		end = b.base + b.ring.most(shareToTake)
+		if off >= end {
+			return 0
+		}
+		p = p[:end-off]
+	}
 	b.store(off, p)
 	if off > b.nxt {
 		b.ooo.add(off, end)

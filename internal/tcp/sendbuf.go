@@ -9,16 +9,27 @@ type sendBuf struct {
 	max       int64
 }
 
-func (b *sendBuf) free() int64 { return b.max - (b.end - b.base) }
+// room returns how many bytes the buffer may hold now.
+func (b *sendBuf) room() int64 { return min(b.max, b.ring.most(shareToPlan)) }
+
+func (b *sendBuf) free() int64 { return max(0, b.room()-(b.end-b.base)) }
+
+// grow makes room for up to n bytes more, and returns for how many.
+func (b *sendBuf) grow(n int64) int64 {
+	for {
+		n = min(n, b.free())
+		if n <= 0 || b.ring.grow(b.end-b.base+n, span{b.base, b.end}) {
+			return n
+		} // else somebody else has just taken the memory
+	}
+}
 
 // reserve lends up to n bytes of free memory behind the last byte, fewer where
 // the ring wraps. The loan ends with commit.
 func (b *sendBuf) reserve(n int64) []byte {
-	n = min(n, b.free())
-	if n <= 0 {
+	if n = b.grow(n); n <= 0 {
 		return nil
 	}
-	b.ring.grow(b.end-b.base+n, span{b.base, b.end})
 	b.ring.lent = true
 	return b.ring.view(b.end, b.end+n)
 }
@@ -34,11 +45,10 @@ func (b *sendBuf) commit(n int64) {
 
 // write copies as much of p as there is room for.
 func (b *sendBuf) write(p []byte) int {
-	n := min(int64(len(p)), b.free())
+	n := b.grow(int64(len(p)))
 	if n <= 0 {
 		return 0
 	}
-	b.ring.grow(b.end-b.base+n, span{b.base, b.end})
 	b.ring.write(b.end, p[:n])
 	b.end += n
 	return int(n)

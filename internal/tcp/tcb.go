@@ -117,20 +117,22 @@ type TCB struct {
 	loss    lossState
 	timing  bool // a segment is being timed: timedSeq, timedAt
 	retries int  // retransmissions of the segment at una
-	probes  int  // window probes without an answer
 	timers  [numTimers]time.Time
 
 	timestamps bool // negotiated
 	tsRecent   uint32
 	tsRecentAt time.Time // when tsRecent was set
 	start      time.Time // zero of the timestamp clock
+	latest     time.Time // the latest time that was told: see clock
 	timedSeq   int64
 	timedAt    time.Time
 	lastSend   time.Time // of data
 	limitedAt  int64     // nxt when cwnd last held data back
 	challenged time.Time // when the last challenge ACK was sent
+	probedAt   time.Time // when the first window probe was sent that has no answer; zero: all have
 
 	keepProbes     int
+	orphanGoal     int64 // of an orphan: what is to be acknowledged until timerEnd
 	persistBackoff uint8
 	tailWanted     bool   // timerTail is to be set anew
 	finQueued      bool   // the application has written its last byte
@@ -150,16 +152,28 @@ type TCB struct {
 }
 
 func newTCB(cfg Config, now time.Time) *TCB {
-	t := &TCB{cfg: cfg, start: now}
+	t := &TCB{cfg: cfg, start: now, latest: now}
 	t.snd.seq = seqSpace(cfg.ISS)
 	t.sendBuf = sendBuf{base: firstByte, end: firstByte, max: int64(cfg.SendBuffer)}
 	t.recvBuf = recvBuf{base: firstByte, nxt: firstByte, max: int64(cfg.ReceiveBuffer)}
 	t.snd.mss = int64(min(cfg.MSS, cfg.DefaultMSS))
 	t.rcv.nxt, t.rcv.acked, t.rcv.adv = 1, 1, 1 // the peer's SYN has offset 0
 	t.rcv.scale = scaleFor(cfg.ReceiveBuffer)
+	t.recvBuf.ring.least = max(2<<minRingBits, int64(4)<<t.rcv.scale) // a window to speak of, rounded up
 	t.rtt.rto = initialRTO
 	t.synDue = true
 	return t
+}
+
+// clock returns now, or the latest time that was told before. Several goroutines drive
+// a connection in turn, and have read the clock before their turn: time would go back,
+// and with it the timestamps, for which the peer would drop segments (RFC 7323 section 5).
+func (t *TCB) clock(now time.Time) time.Time {
+	if now.Before(t.latest) {
+		return t.latest
+	}
+	t.latest = now
+	return now
 }
 
 // scaleFor returns the smallest shift with which a window field holds n.
@@ -221,6 +235,18 @@ func (t *TCB) mss() int64 {
 
 // SegmentSize returns the payload of a full segment.
 func (t *TCB) SegmentSize() int { return int(t.mss()) }
+
+// UseMemory has the buffers be part of m. Without a call nothing but their own sizes
+// bounds them. Where m has nothing left the send buffer is full earlier and the window
+// smaller, and what has been promised before may be dropped when it comes; but every
+// buffer may hold 8 KiB, so that data goes on to move.
+func (t *TCB) UseMemory(m *Memory) {
+	t.sendBuf.ring.use(m)
+	t.recvBuf.ring.use(m)
+}
+
+// Release ends UseMemory. What has arrived can still be read, but counts no more.
+func (t *TCB) Release() { t.UseMemory(nil) }
 
 // State returns the state of the connection.
 func (t *TCB) State() State { return t.state }
@@ -301,7 +327,9 @@ func (t *TCB) Reserve(n int) []byte {
 	if t.Free() == 0 {
 		return nil
 	}
-	return t.sendBuf.reserve(int64(n))
+	p := t.sendBuf.reserve(int64(n))
+	t.blocked = len(p) == 0
+	return p
 }
 
 // Commit queues the first n bytes of what Reserve lent.
@@ -378,6 +406,7 @@ func (t *TCB) CloseRead() {
 // has not read reset the connection (RFC 2525 section 2.17), as do any that
 // arrive later. The rest goes on without it, for a bounded time.
 func (t *TCB) Close(now time.Time) {
+	now = t.clock(now)
 	if t.state == Closed || t.orphan {
 		return
 	}
@@ -387,7 +416,7 @@ func (t *TCB) Close(now time.Time) {
 	}
 	t.recvBuf.skip() // in TIME-WAIT nobody is left to reset
 	t.CloseWrite()
-	t.orphan = true
+	t.orphan, t.orphanGoal = true, t.snd.una+orphanBytes
 	if t.state != TimeWait && t.state != Closed {
 		t.arm(timerEnd, now, orphanTime)
 	}

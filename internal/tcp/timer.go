@@ -33,7 +33,13 @@ const (
 	maxSynAckRetries = 5
 	// Deviation: 2MSL with an MSL of 30 s, as the field has it, not 2 minutes.
 	timeWaitTime = 60 * time.Second
-	orphanTime   = 60 * time.Second
+	// orphanTime is how long an orphan may go on without orphanBytes acknowledged, or
+	// all of its data.
+	orphanTime  = 60 * time.Second
+	orphanBytes = 16 << 10
+	// probeLimit is how long the probes of a window may have no answer: R2 of RFC 9293
+	// section 3.8.3, at least 100 s.
+	probeLimit = 10 * time.Minute
 )
 
 // KeepAlive says how a silent peer is probed. Idle 0: not at all.
@@ -61,6 +67,7 @@ func (t *TCB) Deadline() time.Time {
 
 // Advance runs the timers whose time has come.
 func (t *TCB) Advance(now time.Time) {
+	now = t.clock(now)
 	for i := range t.timers {
 		if at := t.timers[i]; at.IsZero() || at.After(now) {
 			continue
@@ -182,7 +189,10 @@ func (t *TCB) persistTimeout(now time.Time) {
 		t.override = true
 		return
 	}
-	if t.probes++; t.probes > maxRetries {
+	switch {
+	case t.probedAt.IsZero():
+		t.probedAt = now
+	case now.Sub(t.probedAt) >= probeLimit:
 		t.fail(TimedOut)
 		return
 	}
@@ -212,7 +222,7 @@ func (t *TCB) keepTimeout(now time.Time) {
 
 // heard notes that the peer is alive.
 func (t *TCB) heard(now time.Time) {
-	t.probes, t.keepProbes = 0, 0
+	t.probedAt, t.keepProbes = time.Time{}, 0
 	if t.cfg.KeepAlive.Idle > 0 && t.state != TimeWait {
 		t.arm(timerKeep, now, t.cfg.KeepAlive.Idle)
 	}

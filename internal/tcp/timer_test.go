@@ -128,6 +128,74 @@ func TestT143KeepAlive(t *testing.T) {
 	h.wantClosed(None)
 }
 
+// Whatever shows that the peer is alive counts: probes of a window that is closed,
+// which lie below it, and data that has come before, when our ACKs are lost.
+func TestKeepAliveSigns(t *testing.T) {
+	signs := map[string]string{
+		"a window probe":                ". 10 ack 1",
+		"a window probe with a byte":    ". 11:12 ack 1",
+		"a keep-alive with a byte":      ". 10:11 ack 1",
+		"data again":                    ". 1:11 ack 1",
+		"an old ACK":                    ". 5 ack 1",
+		"data at the edge":              ". 11:21 ack 1",
+		"an answer":                     ". 11 ack 1",
+		"a FIN behind a closed window":  "F. 11 ack 1",
+		"an acknowledgment of the past": ". 11 ack 0",
+	}
+	for name, sign := range signs {
+		h := established(t, plain, buffers(4096, 10), keepAlive(60*sec, 5*sec, 3))
+		h.silent = true
+		h.in(". 1:11 ack 1") // nobody reads: the window is closed
+		for range 20 {
+			h.advance(30 * sec)
+			h.in(sign)
+			if h.state == Closed {
+				break
+			}
+		}
+		if h.state == Closed {
+			t.Errorf("%s is no sign of life: %v", name, h.reason)
+		}
+	}
+	// What a stranger may have sent does not.
+	for name, sign := range map[string]string{
+		"an ACK of what was not sent":     ". 11 ack 100",
+		"an ACK of the far past":          ". 11 ack -200000",
+		"a reset":                         "R 12",
+		"data far behind the window":      ". 100000:100010 ack 1",
+		"an old segment with such an ACK": ". 1:11 ack 100",
+	} {
+		h := established(t, plain, buffers(4096, 10), keepAlive(60*sec, 5*sec, 3))
+		h.silent = true
+		h.in(". 1:11 ack 1")
+		for range 20 {
+			h.advance(10 * sec)
+			h.in(sign)
+		}
+		if h.state != Closed {
+			t.Errorf("%s is a sign of life", name)
+		}
+	}
+}
+
+// Those who drive a TCB read the clock before they have it to themselves, so it may
+// come to them in another order. Timestamps never go back (RFC 7323 section 5.4), or
+// the peer would drop what is behind them, and no round trip takes less than no time.
+func TestClockGoesBack(t *testing.T) {
+	h := established(t, "<mss 1460,ts 100 0>")
+	h.advance(sec)
+	h.write(1000)
+	h.now = h.now.Add(-100 * ms) // pull checks the timestamps
+	h.write(1000)
+	h.drain()
+	h.in(". 1 ack 2001 <ts 100 1000>")
+	if h.rtt.min < 0 || h.rtt.srtt < 0 {
+		t.Errorf("%+v", h.rtt)
+	}
+	h.in(". 1:11 ack 2001 <ts 101 1000>", ". 1:11 ack 2001 <ts 102 1000>")
+	h.expect(". 2001 ack 11")
+}
+
 // T129, T137, T138: TIME-WAIT.
 func TestT137TimeWait(t *testing.T) {
 	h := established(t, plain)
@@ -200,7 +268,7 @@ func TestT139Replace(t *testing.T) {
 }
 
 // T136: a connection that its application has left lasts as long as it makes
-// progress, and a minute.
+// progress, and a minute. S10: a little now and then is none.
 func TestT136Orphan(t *testing.T) {
 	for _, s := range []State{FinWait1, FinWait2, Closing, LastAck, CloseWait, Established} {
 		h := inState(t, s)
@@ -223,8 +291,11 @@ func TestT136Orphan(t *testing.T) {
 	h.write(100_000)
 	h.shut()
 	for h.snd.una < 100_001 {
+		h.want(FinWait1)
 		h.advance(orphanTime - sec)
-		h.in(fmt.Sprintf(". 1 ack %d", min(h.snd.una+1000, 100_001)))
+		for goal := min(h.snd.una+orphanBytes, 100_001); h.snd.una < goal; {
+			h.in(fmt.Sprintf(". 1 ack %d", min(h.snd.una+1000, h.snd.nxt, 100_001)))
+		}
 	}
 	h.want(FinWait1)
 	h.in(". 1 ack 100002")
@@ -233,6 +304,22 @@ func TestT136Orphan(t *testing.T) {
 	h.want(FinWait2)
 	h.advance(1)
 	h.wantClosed(TimedOut)
+	// A byte of a closed window at a time, or all but the last byte of what counts.
+	for _, crumb := range []int64{1, orphanBytes / 6} {
+		h = established(t, plain)
+		h.in(". 1 ack 1 win 0")
+		h.write(100_000)
+		h.shut()
+		for range 5 {
+			h.advance(11 * sec)
+			h.in(fmt.Sprintf(". 1 ack %d win %d", h.snd.nxt, crumb))
+			h.want(FinWait1)
+		}
+		h.advance(5*sec - 1)
+		h.want(FinWait1)
+		h.advance(1)
+		h.wantClosed(TimedOut)
+	}
 	// The FIN of the peer in time.
 	h = inState(t, FinWait2)
 	h.shut()
