@@ -63,8 +63,8 @@ var mutants = []mutant{
 	{"tcp/PAWS for ever", "internal/tcp/input.go", "now.Sub(t.tsRecentAt) > pawsOutdated", "now.Sub(t.tsRecentAt) > 2*pawsOutdated", rules},
 	{"tcp/timestamp of the future learnt", "internal/tcp/input.go",
 		"seg.HasTimestamps && off <= t.rcv.acked", "seg.HasTimestamps && off <= t.rcv.adv", rules},
-	{"tcp/ACK of unsent data by one", "internal/tcp/input.go", "if ack > t.snd.nxt || ack < t.snd.una-t.snd.maxWnd {", "if ack > t.snd.nxt+1 || ack < t.snd.una-t.snd.maxWnd {", rules},
-	{"tcp/ACK of long ago", "internal/tcp/input.go", "if ack > t.snd.nxt || ack < t.snd.una-t.snd.maxWnd {", "if ack > t.snd.nxt {", rules},
+	{"tcp/ACK of unsent data by one", "internal/tcp/input.go", "return ack <= t.snd.nxt && ack >=", "return ack <= t.snd.nxt+1 && ack >=", rules},
+	{"tcp/ACK of long ago", "internal/tcp/input.go", "return ack <= t.snd.nxt && ack >= t.snd.una-t.snd.maxWnd", "return ack <= t.snd.nxt", rules},
 	{"tcp/old segment brings its window", "internal/tcp/input.go",
 		"t.snd.wl1 < off || t.snd.wl1 == off && t.snd.wl2 <= ack", "t.snd.wl1 < off+1<<20 || t.snd.wl1 == off && t.snd.wl2 <= ack", rules},
 	{"tcp/window of a SYN scaled", "internal/tcp/input.go", "if seg.Flags&SYN == 0 {\n\t\tt.snd.wnd <<=", "if true {\n\t\tt.snd.wnd <<=", rules},
@@ -95,7 +95,7 @@ var mutants = []mutant{
 
 	// Sending.
 	{"output/right edge retracts", "internal/tcp/output.go", "if t.rcv.nxt+w<<scale < t.rcv.adv {", "if false {", rules},
-	{"output/silly windows advertised", "internal/tcp/output.go", "if edge-t.rcv.adv < min(max(full, 1<<t.rcv.scale), t.recvBuf.max/2) {", "if edge < t.rcv.adv {", rules},
+	{"output/silly windows advertised", "internal/tcp/output.go", "if edge-t.rcv.adv < min(max(full, 1<<t.rcv.scale), room/2) {", "if edge < t.rcv.adv {", rules},
 	{"output/silly segments", "internal/tcp/output.go", "if n < min(queued, mss) && n < t.snd.maxWnd/2 && !t.override {", "if n < 0 {", rules},
 	{"output/FIN sent twice", "internal/tcp/output.go", "t.finQueued && t.snd.nxt == t.sendBuf.end\n", "t.finQueued && t.snd.nxt >= t.sendBuf.end && t.snd.una <= t.sendBuf.end\n", rules},
 	{"output/FIN beyond the window", "internal/tcp/output.go", "max(n, 0)}\n\tif t.finQueued && n == queued && n < usable {",
@@ -125,7 +125,7 @@ var mutants = []mutant{
 	// Timers.
 	{"timer/one SYN-ACK less", "internal/tcp/timer.go", "t.retries > limit {", "t.retries >= limit {", rules},
 	{"timer/one keep-alive more", "internal/tcp/timer.go", "t.keepProbes > t.cfg.KeepAlive.Count", "t.keepProbes > t.cfg.KeepAlive.Count+1", rules},
-	{"timer/answered probes count", "internal/tcp/timer.go", "t.probes, t.keepProbes = 0, 0", "t.keepProbes = 0", rules},
+	{"timer/answered probes count", "internal/tcp/timer.go", "t.probedAt, t.keepProbes = time.Time{}, 0", "t.keepProbes = 0", rules},
 	{"timer/probes not backed off", "internal/tcp/timer.go", "\t\tt.persistBackoff++\n", "", rules},
 	{"timer/orphan lives on", "internal/tcp/tcb.go", "\t\tt.arm(timerEnd, now, orphanTime)\n\t}\n}", "\t}\n}", rules},
 
