@@ -1368,9 +1368,6 @@ func TestFramesInOrder(t *testing.T) {
 }
 
 func TestTimeWaitCap(t *testing.T) {
-	if testing.Short() {
-		t.Skip("opens thousands of flows")
-	}
 	synctest.Test(t, func(t *testing.T) {
 		fam := families[0]
 		m, _ := newRig(t, Config{TCPIdleTimeout: -1})

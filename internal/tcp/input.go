@@ -65,6 +65,12 @@ func (t *TCB) inputTimeWait(now time.Time, seg *Segment) {
 		t.enterTimeWait(now)
 		return
 	}
+	// What is acceptable and has no text has no answer, or two ends in TIME-WAIT would
+	// go on to answer each other.
+	if seg.Len() == 0 && t.acceptable(off, 0) && t.pawsOK(now, seg) {
+		t.noteTimestamp(now, off, seg)
+		return
+	}
 	t.challenge(now)
 }
 

@@ -274,6 +274,32 @@ func TestFINGrid(t *testing.T) {
 	}
 }
 
+// T137: an acceptable ACK in TIME-WAIT has no answer. If it had one, two ends in
+// TIME-WAIT would go on to answer each other.
+func TestT137BareACK(t *testing.T) {
+	h := inState(t, TimeWait)
+	for _, seg := range []string{". 2 ack 2", ". 100 ack 2", "P 2"} {
+		h.in(seg)
+		h.expect()
+	}
+	for _, seg := range []string{". 1 ack 2", ". 2:12 ack 2", fmt.Sprintf(". %d ack 2", h.rcv.adv)} {
+		h.in(seg)
+		h.expect(". 2 ack 2")
+		h.now = h.now.Add(challengePause)
+	}
+	h.want(TimeWait)
+
+	h = established(t, "<mss 1460,ts 1000 0>")
+	h.closeWrite()
+	h.in("F. 1 ack 2 <ts 1000 0>")
+	h.want(TimeWait)
+	h.drain()
+	h.in(". 2 ack 2 <ts 1001 0>") // its timestamp counts
+	h.expect()
+	h.in(". 2 ack 2 <ts 1000 0>") // PAWS
+	h.expect(". 2 ack 2 <ts 0 1001>")
+}
+
 // T056: text and another FIN behind the FIN are ignored and answered.
 func TestT056BehindFIN(t *testing.T) {
 	for _, s := range []State{CloseWait, Closing, LastAck} {

@@ -76,6 +76,16 @@ func TestOffloadLimits(t *testing.T) {
 		t.Errorf("%d segments", h.outputs)
 	}
 	h.wantData("1:1461", "1461:2921", "2921:4381", "4381:5001")
+
+	// A FIN has a sequence number, which must be in the window too.
+	h = passive(t, "S 0 win 5000 "+plain, offload(65455))
+	h.in(". 1 ack 1 win 5000")
+	h.drain()
+	h.Write(patterned(fromTCB, 1, 5001))
+	h.closeWrite()
+	h.wantData("1:1461", "1461:2921", "2921:4381", "4381:5001")
+	h.in(". 1 ack 5001 win 1")
+	h.expect("F. 5001 ack 1")
 }
 
 // S06: to a peer with the smallest segments, too, many are sent as one.

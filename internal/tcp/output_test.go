@@ -702,6 +702,9 @@ func TestT134Close(t *testing.T) {
 	h.in(". 101 ack 2")
 	h.want(FinWait2)
 	h.drain()
+	h.in(fmt.Sprintf(". %d:%d ack 2", h.rcv.adv, h.rcv.adv+1)) // not in the window
+	h.expect(". 2 ack 101")
+	h.want(FinWait2)
 	h.in(". 101:201 ack 2")
 	h.expect("R 2")
 	h.wantClosed(Aborted)
@@ -715,6 +718,17 @@ func TestT134Close(t *testing.T) {
 		h.wantClosed(Aborted)
 	}
 	// Other states.
+	h = inState(t, FinWait2)
+	h.in("F. 1:11 ack 2")
+	h.drain()
+	h.shut() // unread, but both sides have said all: there is nobody to reset
+	h.expect()
+	h.in("F. 1:11 ack 2")
+	h.expect(". 2 ack 12")
+	h.want(TimeWait)
+	if h.Buffered() != 0 || h.recvBuf.ring.mem != nil {
+		t.Error("what nobody reads is kept in TIME-WAIT")
+	}
 	h = inState(t, SynSent)
 	h.shut()
 	h.expect()

@@ -410,10 +410,11 @@ func (t *TCB) Close(now time.Time) {
 	if t.state == Closed || t.orphan {
 		return
 	}
-	if t.Buffered() > 0 {
+	if t.Buffered() > 0 && t.state != TimeWait {
 		t.Abort()
 		return
 	}
+	t.recvBuf.skip() // in TIME-WAIT nobody is left to reset
 	t.CloseWrite()
 	t.orphan, t.orphanGoal = true, t.snd.una+orphanBytes
 	if t.state != TimeWait && t.state != Closed {
