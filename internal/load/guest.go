@@ -11,28 +11,28 @@ import (
 // one address share a Guest. The zero value is ready for use.
 type Guest struct {
 	mu    sync.RWMutex
-	flows map[uint16]*Flow // by the guest's port
+	flows map[uint32]*Flow // by the host's and the guest's port
 	last  atomic.Pointer[Flow]
 }
 
-// Add makes f one of the flows, in place of the last one with its port.
+// Add makes f one of the flows, in place of the last one with its ports.
 func (g *Guest) Add(f *Flow) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.flows == nil {
-		g.flows = make(map[uint16]*Flow)
+		g.flows = make(map[uint32]*Flow)
 	}
-	g.flows[f.src.Port()] = f
+	g.flows[f.ports()] = f
 	g.last.Store(f)
 }
 
 // Take takes a frame whose TCP header is at the index header, or several of one flow.
 func (g *Guest) Take(header int, frames ...[]byte) {
-	port := binary.BigEndian.Uint16(frames[0][header+2:])
+	ports := binary.BigEndian.Uint32(frames[0][header:])
 	f := g.last.Load()
-	if f.src.Port() != port {
+	if f.ports() != ports {
 		g.mu.RLock()
-		f = g.flows[port]
+		f = g.flows[ports]
 		g.mu.RUnlock()
 		if f == nil {
 			return
@@ -44,3 +44,6 @@ func (g *Guest) Take(header int, frames ...[]byte) {
 	}
 	f.Answer()
 }
+
+// ports returns what a segment for the flow begins with.
+func (f *Flow) ports() uint32 { return uint32(f.dst.Port())<<16 | uint32(f.src.Port()) }
