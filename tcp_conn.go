@@ -144,7 +144,12 @@ func (c *tcpConn) emit(now time.Time, n int) (first error) {
 		c.setTimer(now)
 		return nil
 	}
-	c.emitting, c.unfinished = true, false
+	c.unfinished = false
+	if c.tcb.Quiet() {
+		c.setTimer(now)
+		return nil
+	}
+	c.emitting = true
 	s := c.stack
 	b := s.getSlab()
 	// A reset, the last word, is not left to a timer, which the flow has no more.
@@ -162,8 +167,11 @@ func (c *tcpConn) emit(now time.Time, n int) (first error) {
 			first = err
 		}
 		b.sent(s.cfg.ReuseFrames)
-		now = time.Now()
 		c.mu.Lock()
+		if c.tcb.Quiet() {
+			break
+		}
+		now = time.Now()
 	}
 	s.putSlab(b)
 	c.emitting, c.unfinished = false, n <= 0

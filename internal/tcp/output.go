@@ -38,6 +38,15 @@ func (t *TCB) Output(now time.Time, buf []byte) int {
 	return 0
 }
 
+// Quiet reports whether nothing is due, nothing is on its way to the peer and nothing
+// waits to be: Output would return 0 and change nothing. It is for a receiver, of whose
+// calls of Output every other one would be in vain.
+func (t *TCB) Quiet() bool {
+	return !t.ackDue && !t.probeDue && !t.rstDue && !t.synDue && !t.tailWanted &&
+		t.snd.una == t.snd.nxt && !t.pending() &&
+		!t.armed(timerRexmt) && !t.armed(timerPersist) && !t.armed(timerTail)
+}
+
 // ackSeq returns the sequence number of an ACK without data: SND.NXT, unless the
 // peer has shrunk its window below that. It would drop the ACK then, so this one
 // lies in the window (as does that of Linux, tcp_acceptable_seq).
