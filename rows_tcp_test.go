@@ -183,6 +183,7 @@ func TestT011_HugeWindow(t *testing.T) {
 func TestT012_SequenceSpace(t *testing.T) {
 	numbers := []uint32{0, 0x7fffffff, 0x80000000, 0xfffffff0, 0xffffffff}
 	eachRig(t, Config{}, func(t *testing.T, m *machine, dial func(*guest) farEnd, to netip.AddrPort) {
+		m.ownISS = true
 		rng := rand.New(rand.NewPCG(12, 1))
 		data := pattern(256 << 10)
 		for i, irs := range numbers {

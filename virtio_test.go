@@ -135,7 +135,7 @@ func TestVirtioHeader(t *testing.T) {
 		g := m.open(1025, fam.at(80))
 		g.connect()
 		far := mustAccept(t, l) // whose Write is one packet: a relay may read in two parts
-		expect(unfinished) // the SYN-ACK
+		expect(unfinished)      // the SYN-ACK
 		far.Write(pattern(100))
 		g.take(100)
 		expect(unfinished)
