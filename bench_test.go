@@ -30,7 +30,8 @@ type benchRig struct {
 	*Stack
 	fam   family
 	batch int
-	ns    uintptr // of the flows that open returns
+	ns    uintptr     // of the flows that open returns
+	guest *load.Guest // of ns
 }
 
 func newBenchRig(b testing.TB, fam family, cfg Config, batch int) *benchRig {
@@ -40,28 +41,25 @@ func newBenchRig(b testing.TB, fam family, cfg Config, batch int) *benchRig {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { s.Close() })
-	return &benchRig{Stack: s, fam: fam, batch: batch}
+	return &benchRig{Stack: s, fam: fam, batch: batch, guest: new(load.Guest)}
 }
 
 // open returns a flow of the guest, which is not connected yet.
 func (r *benchRig) open(port uint16, to netip.AddrPort) *load.Flow {
 	f := load.NewFlow(netip.AddrPortFrom(r.fam.guest, port), to, r.cfg.MTU, r.batch)
 	ns, mac, gw, header := r.ns, [6]byte{2, 1}, [6]byte{2, 2}, frameHeaderLen(uint16(r.fam.version))
-	note := func(frame []byte) { f.Note(frame[header:], len(frame)-header) }
+	guest := r.guest
+	guest.Add(f)
 	if r.batch > 1 {
 		w := func(frames [][]byte) error {
-			for _, frame := range frames {
-				note(frame)
-			}
-			f.Answer()
+			guest.Take(header, frames...)
 			return nil
 		}
 		f.Send = func(packets [][]byte) error { return r.HandlePackets(ns, mac, gw, packets, w) }
 		return f
 	}
 	w := func(frame []byte) error {
-		note(frame)
-		f.Answer()
+		guest.Take(header, frame)
 		return nil
 	}
 	f.Send = func(packets [][]byte) (first error) {
@@ -490,7 +488,7 @@ func BenchmarkScale(b *testing.B) {
 			var others []*load.Flow
 			var conns []net.Conn
 			for i := range size.namespaces {
-				r.ns = uintptr(i)
+				r.ns, r.guest = uintptr(i), new(load.Guest)
 				f, c := r.accept(b, uint16(1000+i), max(1, size.others/size.namespaces))
 				others, conns = append(others, f...), append(conns, c...)
 			}

@@ -48,6 +48,9 @@ const (
 	// maxExtensionHeaders bounds the work for one packet. RFC 8200 section 4.1
 	// recommends at most six.
 	maxExtensionHeaders = 8
+	// maxHeaderOptions does the same for the options of one extension header, padding
+	// included, as RFC 8504 section 5.3 lets a host.
+	maxHeaderOptions = 64
 )
 
 var errDatagramTooLong = errors.New("datagram does not fit an IP packet")
@@ -418,15 +421,18 @@ func (p *ipPacket) fragmentHeader(b []byte, next int) bool {
 }
 
 // options6 goes through the options in b, which begins at the index here of raw.
-// It is false if they are not well-formed, or one is of a kind that is discarded
-// in silence. The high bits say what becomes of a packet with an option that is
+// It is false if they are not well-formed, are too many, or one is of a kind that is
+// discarded in silence. The high bits say what becomes of a packet with an option that is
 // not known, as none is: "00 - skip over this option", "01 - discard the packet",
 // "10 - discard the packet and, regardless of whether or not the packet's
 // Destination Address was a multicast address, send an ICMP Parameter Problem,
 // Code 2", "11 - … only if the packet's Destination Address was not a multicast
 // address" (RFC 8200 section 4.2).
 func (p *ipPacket) options6(b []byte, here int) bool {
-	for len(b) > 0 {
+	for n := 0; len(b) > 0; n++ {
+		if n == maxHeaderOptions {
+			return false
+		}
 		if b[0] == 0 { // Pad1 has no length
 			b, here = b[1:], here+1
 			continue
@@ -441,8 +447,8 @@ func (p *ipPacket) options6(b []byte, here int) bool {
 		default:
 			p.report(headerProblem{code: 2, pointer: here, multicast: action == 2})
 		}
-		n := 2 + int(b[1])
-		b, here = b[n:], here+n
+		size := 2 + int(b[1])
+		b, here = b[size:], here+size
 	}
 	return true
 }

@@ -163,7 +163,9 @@ var parseTests = []parseTest{
 	{name: "IPv6 ICMP of the other family", packet: ip6(1, "abc"), proto: 1, payload: "abc"},
 
 	{name: "hop-by-hop", packet: ip6(0, extHeader(17, 0), udpHello), proto: 17, payload: udpHello},
-	{name: "hop-by-hop of 2048 bytes", packet: ip6(0, patched(make([]byte, 2048), 0, 17, 255), udpHello), proto: 17, payload: udpHello},
+	{name: "hop-by-hop of 2048 bytes", packet: ip6(0, 17, 255, strings.Repeat("\x01\xff"+strings.Repeat("\x00", 255), 7), 1, 245, make([]byte, 245), udpHello),
+		proto: 17, payload: udpHello},
+	{name: "hop-by-hop of 2046 Pad1", packet: ip6(0, patched(make([]byte, 2048), 0, 17, 255), udpHello), proto: 59, malformed: true},
 	{name: "hop-by-hop with a router alert", packet: ip6(0, 17, 0, 5, 2, 0, 0, 1, 0, udpHello), proto: 17, payload: udpHello},
 	{name: "hop-by-hop of Pad1", packet: ip6(0, 17, 0, make([]byte, 6), udpHello), proto: 17, payload: udpHello},
 	{name: "hop-by-hop with nothing behind it", packet: ip6(0, extHeader(17, 0)), proto: 17},

@@ -17,6 +17,7 @@ var mutants = []mutant{
 	{"ip/padding is data", "ip.go", "p.version = 4\n\tp.raw = b[:end:end]", "p.version = 4\n\tp.raw = b", stack},
 	{"ip/padding is data in IPv6", "ip.go", "p.version = 6\n\tp.raw = b[:end:end]", "p.version = 6\n\tp.raw = b", stack},
 	{"ip/loose source route followed", "ip.go", "case ipv4LooseRoute, ipv4StrictRoute:", "case ipv4StrictRoute:", stack},
+	{"ip/options without a bound", "ip.go", "if n == maxHeaderOptions {", "if n < 0 {", stack},
 	{"ip/segments left in a routing header", "ip.go", "if b[3] != 0 {", "if b[3] > 1 {", stack},
 	{"ip/TTL of 0 answered", "stack.go", "p.ttl == 1 &&", "p.ttl <= 1 &&", stack},
 	{"tcp/checksum not checked", "tcp.go", "case !checksumOK(p, p.payload):", "case false:", stack},

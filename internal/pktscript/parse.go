@@ -102,6 +102,9 @@ func (p *parser) expect(s string) token {
 
 func (p *parser) int(lo, hi int64) int64 {
 	t := p.next()
+	if t.kind == tokWord && t.text == strings.ToUpper(t.text) {
+		p.unsupported(t, "the symbol "+t.text) // of -D on packetdrill's command line
+	}
 	if t.kind != tokInt {
 		p.fail(t, "%v where a number should be", t)
 	}
@@ -328,7 +331,7 @@ func (p *parser) packet() *Packet {
 		return pkt
 	case echo != nil:
 		p.fail(t, "%v where icmp should be", t)
-	case t.is("udp"), t.is("raw"), t.is("ipv4"), t.is("ipv6"), t.is("gre"), t.is("GREv0"), t.is("mpls"), t.is("psp"):
+	case t.is("udp"), t.is("raw"), t.is("ipv4"), t.is("ipv6"), t.is("gre"), t.is("GREv0"), t.is("mpls"), t.is("psp"), t.is("encap"):
 		p.unsupported(t, t.text+" packets")
 	}
 	p.segment(pkt)
@@ -527,7 +530,10 @@ func (p *parser) tcpOption() TCPOption {
 		return p.opaque(int(p.int(2, 255)))
 	case "raw":
 		return TCPOption{Kind: KindRaw, Data: p.hex()}
-	case "FOEXP", "md5", "exp", "ECN", "AccECN", "mp_capable", "mp_join_syn", "dss", "mp_join":
+	case "FOEXP", "md5", "exp", "ECN", "AccECN", "dss", "add_address", "remove_address":
+		p.unsupported(t, "TCP option "+t.text)
+	}
+	if strings.HasPrefix(t.text, "mp") { // mpcapable, mp_join_syn, ...: Multipath TCP
 		p.unsupported(t, "TCP option "+t.text)
 	}
 	p.fail(t, "%v where a TCP option should be", t)
