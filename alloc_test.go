@@ -69,6 +69,35 @@ func putUint32(b []byte, v uint32) {
 	b[0], b[1], b[2], b[3] = byte(v>>24), byte(v>>16), byte(v>>8), byte(v)
 }
 
+// leastAllocs is testing.AllocsPerRun without what the rest of the process allocates
+// meanwhile, which counts there too: the least of several measurements, or the first
+// that is not above want.
+func leastAllocs(runs int, want float64, f func()) float64 {
+	least := testing.AllocsPerRun(runs, f)
+	for again := 0; least > want && again < 20; again++ {
+		least = min(least, testing.AllocsPerRun(runs, f))
+	}
+	return least
+}
+
+// TestLeastAllocs: what is allocated each time is found, and what is now and then is
+// not.
+func TestLeastAllocs(t *testing.T) {
+	var sink *[1000]byte
+	if n := leastAllocs(10, 0, func() { sink = new([1000]byte) }); n != 1 {
+		t.Errorf("%v allocations, want 1", n)
+	}
+	calls := 0
+	if n := leastAllocs(10, 0, func() {
+		if calls++; calls < 50 {
+			sink = new([1000]byte)
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations after a disturbance, want 0", n)
+	}
+	runtime.KeepAlive(sink)
+}
+
 func TestAllocations(t *testing.T) {
 	if raceEnabled() {
 		t.Skip("the race detector allocates")
@@ -79,7 +108,7 @@ func TestAllocations(t *testing.T) {
 			for range 100 { // rings and pools have their size then
 				f()
 			}
-			if n := testing.AllocsPerRun(1000, f); n > limit {
+			if n := leastAllocs(1000, limit, f); n > limit {
 				t.Errorf("%s: %v allocations, want %v", name, n, limit)
 			}
 		}

@@ -262,6 +262,7 @@ type machine struct {
 	faults int
 	sent   [][]byte // packets given to the Stack, if record is set
 	record bool
+	ownISS bool                     // connect leaves the stack's initial sequence number alone
 	ttl    byte                     // of the segments of guests; 0: 64
 	hook   func(frame []byte) error // runs behind the checks; its error is the Writer's
 	ended  bool
@@ -1047,9 +1048,13 @@ func (g *guest) data(text string) { g.t.Helper(); g.say("P.", []byte(text)...) }
 func (g *guest) fin()             { g.t.Helper(); g.say("F.") }
 func (g *guest) rst()             { g.t.Helper(); g.say("R.") }
 
-// connect does the handshake.
+// connect does the handshake. The sequence numbers of both sides wrap early in the
+// data, those of the stack if it has no other flow.
 func (g *guest) connect() {
 	g.t.Helper()
+	if st := g.s.Stats(); !g.ownISS && st.TCPFlows|st.UDPFlows|st.TimeWait == 0 {
+		g.wrapStack()
+	}
 	g.syn()
 	g.expect("S.")
 	g.ack()

@@ -16,7 +16,7 @@ func TestMain(m *testing.M) {
 	}
 	code := m.Run()
 	if code == 0 && flag.Lookup("test.fuzz").Value.String() == "" {
-		if left := leakedGoroutines(5 * time.Second); left != "" {
+		if left := leakedGoroutines(20 * time.Second); left != "" {
 			fmt.Fprintf(os.Stderr, "goroutines left behind:\n%s\n", left)
 			code = 1
 		}

@@ -106,7 +106,7 @@ func connect(t testing.TB, f connFamily, server, client *slirp.Stack) (accepted,
 		t.Fatalf("Listen: %v", err)
 	}
 	defer listener.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	conn, err := client.DialContext(ctx, "tcp", f.serverAddr())
 	if err != nil {
@@ -127,7 +127,7 @@ func eachConn(t *testing.T, test func(t *testing.T, c1, c2 tcpConn)) {
 	for _, f := range connFamilies {
 		for _, c1 := range []string{"accepted", "dialled"} {
 			t.Run(f.name+"/"+c1, func(t *testing.T) {
-				failIfStuck(t, time.Minute)
+				failIfStuck(t, 5*time.Minute)
 				server, client := joinStacks(t, slirp.Config{})
 				accepted, dialled := connect(t, f, server, client)
 				if c1 == "accepted" {
@@ -497,7 +497,7 @@ func (b *blocked) wantEnd(t *testing.T) {
 	}()
 	select {
 	case <-ended:
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("the waiting calls did not end")
 	}
 }
@@ -642,13 +642,13 @@ func testCloseRead(t *testing.T, c1, c2 tcpConn) {
 		if err != io.EOF {
 			t.Errorf("the waiting Read: %v, want io.EOF", err)
 		}
-	case <-time.After(5 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("the waiting Read did not end")
 	}
 	wantTransfer(t, c1, c2, "writes go on")
 
 	const size = 5 << 20 // more than both buffers
-	c2.SetWriteDeadline(time.Now().Add(20 * time.Second))
+	c2.SetWriteDeadline(time.Now().Add(time.Minute))
 	if n, err := c2.Write(noise(8, size)); n != size || err != nil {
 		t.Errorf("the peer's Write of %d bytes = %d, %v", size, n, err)
 	}
@@ -668,7 +668,7 @@ func testLingerZero(t *testing.T, c1, c2 tcpConn) {
 	if err := c1.Close(); err != nil {
 		t.Fatalf("Close: %v", err)
 	}
-	c2.SetDeadline(time.Now().Add(5 * time.Second))
+	c2.SetDeadline(time.Now().Add(time.Minute))
 	n, err := c2.Read(make([]byte, 10))
 	if n != 0 || !isOpError(t, "read", err) || !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("Read after a reset = %d, %v, want ECONNRESET", n, err)
@@ -684,11 +684,13 @@ func testLingerZero(t *testing.T, c1, c2 tcpConn) {
 func testCloseUnread(t *testing.T, c1, c2 tcpConn) {
 	wantTransfer(t, c2, c1, "read")
 	io.WriteString(c2, "unread")
-	time.Sleep(20 * time.Millisecond)
+	if _, err := io.ReadFull(c1, make([]byte, 1)); err != nil { // the rest has come with it
+		t.Fatalf("Read: %v", err)
+	}
 	if err := c1.Close(); err != nil {
 		t.Fatalf("Close: %v", err)
 	}
-	c2.SetDeadline(time.Now().Add(5 * time.Second))
+	c2.SetDeadline(time.Now().Add(time.Minute))
 	if n, err := c2.Read(make([]byte, 10)); n != 0 || !isOpError(t, "read", err) || !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("Read = %d, %v, want ECONNRESET", n, err)
 	}
@@ -753,13 +755,13 @@ func TestConnLinger(t *testing.T) {
 func TestConnStackClose(t *testing.T) {
 	for _, f := range connFamilies {
 		t.Run(f.name, func(t *testing.T) {
-			failIfStuck(t, time.Minute)
+			failIfStuck(t, 5*time.Minute)
 			server, client := joinStacks(t, slirp.Config{})
 			accepted, dialled := connect(t, f, server, client)
 			if err := server.Close(); err != nil {
 				t.Fatalf("Stack.Close: %v", err)
 			}
-			dialled.SetDeadline(time.Now().Add(5 * time.Second))
+			dialled.SetDeadline(time.Now().Add(time.Minute))
 			if _, err := dialled.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 				t.Errorf("the peer's Read: %v, want ECONNRESET", err)
 			}
@@ -791,19 +793,20 @@ func TestDialErrors(t *testing.T) {
 	for _, test := range tests {
 		for _, f := range connFamilies {
 			t.Run(test.name+"/"+f.name, func(t *testing.T) {
-				failIfStuck(t, time.Minute)
-				_, client := joinStacks(t, test.server)
-				ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
-				defer cancel()
-				conn, err := client.DialContext(ctx, "tcp", f.serverAddr())
-				if conn != nil || !isOpError(t, "dial", err) || !errors.Is(err, test.want) {
-					t.Errorf("DialContext = %v, %v, want %v", conn, err, test.want)
-				}
-				var timeout net.Error
-				wantTimeout := test.want == context.DeadlineExceeded
-				if errors.As(err, &timeout) && timeout.Timeout() != wantTimeout {
-					t.Errorf("Timeout() of %v is %v", err, timeout.Timeout())
-				}
+				synctest.Test(t, func(t *testing.T) {
+					_, client := joinStacks(t, test.server)
+					ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+					defer cancel()
+					conn, err := client.DialContext(ctx, "tcp", f.serverAddr())
+					if conn != nil || !isOpError(t, "dial", err) || !errors.Is(err, test.want) {
+						t.Errorf("DialContext = %v, %v, want %v", conn, err, test.want)
+					}
+					var timeout net.Error
+					wantTimeout := test.want == context.DeadlineExceeded
+					if errors.As(err, &timeout) && timeout.Timeout() != wantTimeout {
+						t.Errorf("Timeout() of %v is %v", err, timeout.Timeout())
+					}
+				})
 			})
 		}
 	}
@@ -834,7 +837,7 @@ func TestDialBadArguments(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name+"/"+test.network, func(t *testing.T) {
-			failIfStuck(t, 30*time.Second)
+			failIfStuck(t, 5*time.Minute)
 			conn, err := test.stack.DialContext(test.ctx, test.network, test.address)
 			if conn != nil || err == nil || !errors.Is(err, test.want) && test.want != nil {
 				t.Errorf("DialContext(%q, %q) = %v, %v, want %v", test.network, test.address, conn, err, test.want)
@@ -848,7 +851,7 @@ func TestDialBadArguments(t *testing.T) {
 func TestConnUDP(t *testing.T) {
 	for _, f := range connFamilies {
 		t.Run(f.name, func(t *testing.T) {
-			failIfStuck(t, time.Minute)
+			failIfStuck(t, 5*time.Minute)
 			echo, closed := startEcho(t)
 			to := echo
 			server := slirp.Config{Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
@@ -868,7 +871,7 @@ func TestConnUDP(t *testing.T) {
 				t.Fatalf("DialContext: %v", err)
 			}
 			defer conn.Close()
-			conn.SetDeadline(time.Now().Add(5 * time.Second))
+			conn.SetDeadline(time.Now().Add(time.Minute))
 			conn.Write([]byte("anyone?"))
 			if _, err := conn.Read(make([]byte, 10)); !isOpError(t, "read", err) || !errors.Is(err, syscall.ECONNREFUSED) {
 				t.Errorf("Read from a closed port: %v, want ECONNREFUSED", err)
@@ -908,7 +911,7 @@ func startEcho(t *testing.T) (echo, closed string) {
 // testDatagrams plays with a connection to an echo server, and closes it.
 func testDatagrams(t *testing.T, f connFamily, conn net.Conn) {
 	t.Helper()
-	conn.SetDeadline(time.Now().Add(5 * time.Second))
+	conn.SetDeadline(time.Now().Add(time.Minute))
 	for _, size := range []int{5, 0, 1, 1400} {
 		data := noise(7, size)
 		if n, err := conn.Write(data); n != size || err != nil {
@@ -1026,7 +1029,7 @@ func TestDialUnreachable(t *testing.T) {
 			for _, p := range []string{"0.0.0.0/0", "::/0"} {
 				guest.AddRoute(0, netip.MustParsePrefix(p), [6]byte{2}, [6]byte{1}, toNAT)
 			}
-			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 			if _, got := guest.DialContext(ctx, "tcp", fam); !errors.Is(got, want) {
 				t.Errorf("%s, %v: dial says %v", fam, err, got)
 			}

@@ -5,7 +5,6 @@ import (
 	"os"
 	"strings"
 	"syscall"
-	"time"
 )
 
 // raiseOpenFiles has this process and those that it starts open n files, if that is
@@ -36,11 +35,4 @@ func residentBytes() (n int64) {
 func openDescriptors() int {
 	files, _ := os.ReadDir("/proc/self/fd")
 	return len(files)
-}
-
-// processorTime is how much of the processors the process has had; 0: not known.
-func processorTime() time.Duration {
-	var use syscall.Rusage
-	syscall.Getrusage(syscall.RUSAGE_SELF, &use)
-	return time.Duration(use.Utime.Nano() + use.Stime.Nano())
 }

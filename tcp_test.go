@@ -1044,6 +1044,7 @@ func TestT035_ISN(t *testing.T) {
 	inBubble(t, func(t *testing.T, fam family) {
 		m, _ := newRig(t, Config{})
 		l := mustListen(t, m.s, "tcp", fam.at(80).String())
+		m.ownISS = true
 		g := m.open(1025, fam.at(80))
 		isn := func() uint32 {
 			t.Helper()

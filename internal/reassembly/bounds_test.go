@@ -302,7 +302,11 @@ func TestAllocations(t *testing.T) {
 	atomic := frag(key, 0, 0, false, data[:100])
 	r := New(Limits{})
 	allocs := func(name string, most float64, f func()) {
-		if n := testing.AllocsPerRun(100, f); n > most {
+		n := testing.AllocsPerRun(100, f)
+		for again := 0; n > most && again < 20; again++ { // what else the process does counts too
+			n = min(n, testing.AllocsPerRun(100, f))
+		}
+		if n > most {
 			t.Errorf("%s: %v allocations, want at most %v", name, n, most)
 		}
 	}

@@ -408,7 +408,12 @@ func TestRelease(t *testing.T) {
 }
 
 // Golden: how fast 10 MiB are at a round trip of 100 ms, in bytes per second.
-// It changes only with the behaviour of the state machine.
+// It changes only with the behaviour of the state machine. At most it can be a buffer
+// for each round trip; and, where each packet is lost with probability p, about
+// sqrt(1.5/p) segments for each, which is the average of a window that is halved for
+// each loss and grows by a segment for each round trip: 177,000 bytes per second at
+// 1 %, 79,000 at 5 %, 56,000 at 10 %. Recoveries, and retransmissions that are lost,
+// take their time from that.
 const golden = "testdata/netsim.golden"
 
 func TestThroughput(t *testing.T) {

@@ -435,6 +435,9 @@ func (t *TCB) Refuse(seq uint32) bool {
 
 // Abort resets the connection (RFC 9293 section 3.10.5): the next Output is the
 // reset, the last. What has arrived and was not read is lost.
+//
+// Deviation: there is a reset in CLOSING and LAST-ACK too, where the RFC sends none.
+// If data or the FIN was lost, this is how the peer hears of it.
 func (t *TCB) Abort() { t.fail(Aborted) }
 
 // fail gives the connection up, and tells the peer, should it hear.

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
+	"testing/synctest"
 	"time"
 )
 
@@ -27,7 +28,7 @@ func runCommand(t *testing.T, args ...string) (code int, stdout, stderr string) 
 }
 
 func TestCheckAll(t *testing.T) {
-	code, stdout, stderr := runCommand(t, "-download", "4", "-upload", "2", "-timeout", "30s")
+	code, stdout, stderr := runCommand(t, "-download", "4", "-upload", "2", "-timeout", "5m")
 	t.Logf("stdout:\n%s", stdout)
 	if code != exitOK {
 		t.Fatalf("exit code %d: %s", code, stderr)
@@ -208,7 +209,9 @@ func TestCheckReply(t *testing.T) {
 }
 
 // On a terminal, one line is written over and over and wiped in the end.
-func TestLiveProgress(t *testing.T) {
+func TestLiveProgress(t *testing.T) { synctest.Test(t, testLiveProgress) }
+
+func testLiveProgress(t *testing.T) {
 	var screen, table bytes.Buffer
 	r := newReport(&table, &screen)
 	r.live = true
