@@ -554,13 +554,14 @@ func (t *TCB) takeData(now time.Time, off int64, p []byte, push bool) {
 	t.rcv.mss = min(max(t.rcv.mss, int64(len(p))), int64(t.cfg.MSS))
 	if n == 0 || !inOrder || off < t.rcv.nxt-n {
 		t.ackDue, t.ackUrgent, t.rcv.quick = true, true, quickAcks
-	} else if t.rcv.nxt-t.rcv.acked > t.rcv.mss {
+		t.rcv.smooth = t.rcv.nxt
+	} else if t.rcv.nxt-t.rcv.acked > t.ackEvery(push) {
 		t.ackDue = true
 	} else if t.rcv.quick > 0 && int64(len(p)) == t.rcv.mss {
 		t.ackDue = true
 		t.rcv.quick--
 	} else if !t.armed(timerDelack) {
-		t.arm(timerDelack, now, delackTimeout)
+		t.arm(timerDelack, now, t.delack())
 	}
 	if t.discard {
 		t.recvBuf.skip()
@@ -570,6 +571,37 @@ func (t *TCB) takeData(now time.Time, off int64, p []byte, push bool) {
 		t.pushed = t.pushed || push || int64(len(p)) < max(t.rcv.mss, int64(t.cfg.DefaultMSS))
 	}
 }
+
+const (
+	// smoothBytes are to arrive one behind the other before ACKs become fewer: by then
+	// the peer's window has grown.
+	smoothBytes = 1 << 20
+	stretchAck  = 32 << 10 // the most that such an ACK waits for
+)
+
+// ackEvery returns how many bytes an ACK waits for while more arrive.
+//
+// Deviation: RFC 5681 section 4.2 says that there SHOULD be an ACK for at least every
+// second full segment. A stream without gaps or pauses is acknowledged as by a receiver
+// whose network card puts segments together: at the end of what the peer has sent at a
+// time (PSH), or after a small part of the window.
+func (t *TCB) ackEvery(push bool) int64 {
+	if push || !t.smooth() {
+		return t.rcv.mss
+	}
+	return max(t.rcv.mss, min(stretchAck, t.recvBuf.max/16))
+}
+
+// delack returns for how long an ACK may be delayed: where many segments wait for one,
+// the peer may have come to the end of its window.
+func (t *TCB) delack() time.Duration {
+	if t.smooth() {
+		return delackShort
+	}
+	return delackTimeout
+}
+
+func (t *TCB) smooth() bool { return t.rcv.nxt-t.rcv.smooth >= smoothBytes }
 
 // takeFIN is step 8: everything up to the FIN has been received.
 func (t *TCB) takeFIN(now time.Time) {

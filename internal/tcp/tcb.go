@@ -100,14 +100,15 @@ type TCB struct {
 		scale    uint8 // of the peer's window
 	}
 	rcv struct {
-		seq   seqSpace
-		nxt   int64
-		adv   int64 // right edge of the advertised window; never retracted
-		acked int64 // nxt as last sent to the peer: Last.ACK.sent
-		fin   int64 // offset of the peer's FIN; 0: not seen yet
-		mss   int64 // longest payload seen, for the every-second-segment rule
-		quick int   // full segments to acknowledge at once
-		scale uint8 // of our window
+		seq    seqSpace
+		nxt    int64
+		adv    int64 // right edge of the advertised window; never retracted
+		acked  int64 // nxt as last sent to the peer: Last.ACK.sent
+		fin    int64 // offset of the peer's FIN; 0: not seen yet
+		mss    int64 // longest payload seen, for the every-second-segment rule
+		quick  int   // full segments to acknowledge at once
+		smooth int64 // nxt when something was last out of order, or an ACK had to be delayed to the end
+		scale  uint8 // of our window
 	}
 	sendBuf sendBuf
 	recvBuf recvBuf

@@ -25,6 +25,7 @@ const (
 	maxRetries     = 15 // of data: R2 of RFC 9293 section 3.8.3, about 15 minutes
 	maxSynRetries  = 7  // of a SYN: 255 s, R2 for a SYN is at least 3 minutes
 	delackTimeout  = 40 * time.Millisecond
+	delackShort    = time.Millisecond
 	quickAcks      = 16                     // full segments
 	overrideTime   = 500 * time.Millisecond // RFC 9293 section 3.8.6.2.1: 0.1 to 1 s
 	challengePause = 500 * time.Millisecond // between challenge ACKs of one connection
@@ -79,7 +80,7 @@ func (t *TCB) Advance(now time.Time) {
 		case timerPersist:
 			t.persistTimeout(now)
 		case timerDelack:
-			t.ackDue = true
+			t.ackDue, t.rcv.smooth = true, t.rcv.nxt
 		case timerKeep:
 			t.keepTimeout(now)
 		case timerEnd:
