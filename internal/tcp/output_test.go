@@ -421,6 +421,86 @@ func TestT085DelayedAck(t *testing.T) {
 	}
 }
 
+// smoothStream is a connection to which the peer has sent so much without a gap that
+// ACKs are fewer.
+func smoothStream(t *testing.T, opts ...func(*Config)) *harness {
+	h := established(t, plain, opts...)
+	h.silent = true
+	for h.rcv.nxt < smoothBytes+10_000 {
+		h.full(1)
+		h.read(1460)
+	}
+	h.silent = false
+	for h.rcv.acked < h.rcv.nxt {
+		h.full(1)
+	}
+	h.drain()
+	return h
+}
+
+// full gives n full segments, without PSH.
+func (h *harness) full(n int) {
+	h.Helper()
+	for range n {
+		h.in(fmt.Sprintf(". %d:%d ack 1", h.rcv.nxt, h.rcv.nxt+1460))
+	}
+}
+
+// A stream without gaps or pauses is acknowledged as by a card that puts segments
+// together.
+func TestT086Stretch(t *testing.T) {
+	const limit = stretchAck / 1460 // segments that may wait
+	t.Run("limit", func(t *testing.T) {
+		h := smoothStream(t)
+		h.full(limit)
+		h.expect()
+		h.full(1)
+		h.expect(fmt.Sprintf(". 1 ack %d", h.rcv.nxt))
+	})
+	t.Run("push", func(t *testing.T) {
+		h := smoothStream(t)
+		h.full(2)
+		h.in(fmt.Sprintf("P. %d:%d ack 1", h.rcv.nxt, h.rcv.nxt+1460))
+		h.expect(fmt.Sprintf(". 1 ack %d", h.rcv.nxt))
+	})
+	t.Run("a lone one is delayed", func(t *testing.T) {
+		h := smoothStream(t)
+		h.in(fmt.Sprintf("P. %d:%d ack 1", h.rcv.nxt, h.rcv.nxt+1460))
+		h.expect()
+		h.advance(delackShort)
+		h.expect(fmt.Sprintf(". 1 ack %d", h.rcv.nxt))
+	})
+	everySecond := func(h *harness) {
+		h.Helper()
+		h.drain()
+		h.rcv.quick = 0
+		h.full(10)
+		if n := len(h.drain()); n != 5 {
+			h.Errorf("%d ACKs to 10 segments", n)
+		}
+	}
+	t.Run("pause", func(t *testing.T) {
+		h := smoothStream(t)
+		h.full(3)
+		h.advance(delackShort - 1)
+		h.expect()
+		h.advance(1)
+		h.expect(fmt.Sprintf(". 1 ack %d", h.rcv.nxt))
+		everySecond(h)
+	})
+	t.Run("gap", func(t *testing.T) {
+		h := smoothStream(t)
+		h.in(fmt.Sprintf(". %d:%d ack 1", h.rcv.nxt+1460, h.rcv.nxt+2920))
+		h.full(1)
+		everySecond(h)
+	})
+	t.Run("small buffer", func(t *testing.T) {
+		h := smoothStream(t, buffers(1<<20, 16<<10)) // a sixteenth is less than a segment
+		h.read(h.Buffered())
+		everySecond(h)
+	})
+}
+
 // T084: the smaller of both windows.
 func TestT084Windows(t *testing.T) {
 	h := passive(t, "S 0 win 3000 <mss 1000>", linkMSS(1000))
