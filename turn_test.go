@@ -79,6 +79,7 @@ func TestHandlePackets(t *testing.T) {
 			return h.accept()
 		}
 		farA, farB := connect(a), connect(b)
+		synctest.Wait() // for who has sent the SYN-ACKs, and may still be at the Writer
 		// Both flows in turn, and between them what is no TCP and what is no packet.
 		ping := fam.ping(fam.server, 1, 1, nil)
 		text := bytes.Repeat([]byte("0123456789abcdef"), 80)
@@ -104,6 +105,7 @@ func TestHandlePackets(t *testing.T) {
 		expectText(t, farA, want+"a")
 		expectText(t, farB, want+"b")
 		// Each segment that is out of order has an ACK of its own.
+		synctest.Wait() // for who has written to the host
 		b.drop()
 		b.nxt += 100
 		packets = [][]byte{b.packet(".", 'x'), b.packet(".", 'y'), b.packet(".", 'z')}
@@ -326,8 +328,12 @@ func TestDeliverEndsItsTurn(t *testing.T) {
 		g.must(g.raw("P.", 1, g.rcv, nil, full[:1]))
 		return nil
 	})
-	g.say("P.", full...)
-	g.say("P.", full...) // is acknowledged at once, and written
+	mu.Lock()
+	seq, rcv := g.nxt, g.rcv
+	g.nxt += 2 * uint32(len(full))
+	mu.Unlock()
+	g.must(g.raw("P.", seq, rcv, nil, full))
+	g.must(g.raw("P.", seq+uint32(len(full)), rcv, nil, full)) // is acknowledged at once, and written
 	mu.Lock()
 	defer mu.Unlock()
 	done = true
