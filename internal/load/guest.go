@@ -33,11 +33,13 @@ func (g *Guest) Take(header int, frames ...[]byte) {
 	if f.ports() != ports {
 		g.mu.RLock()
 		f = g.flows[ports]
+		if f != nil {
+			g.last.Store(f) // with mu held, or it might come behind that of Add
+		}
 		g.mu.RUnlock()
 		if f == nil {
 			return
 		}
-		g.last.Store(f)
 	}
 	for _, frame := range frames {
 		f.Note(frame[header:], len(frame)-header)

@@ -234,7 +234,7 @@ func (h *harness) pull() {
 			h.buf = make([]byte, MaxHeaderLen+max(h.cfg.MSS, h.cfg.Offload)+1)
 		}
 		buf := h.buf
-		n := h.Output(h.now, buf)
+		n := checkedOutput(h.T, h.TCB, h.now, buf)
 		if n == 0 {
 			break
 		}
@@ -249,6 +249,17 @@ func (h *harness) pull() {
 	if !h.quiet {
 		checkState(h.T, h.TCB)
 	}
+}
+
+// checkedOutput is Output, which does nothing where Quiet says so.
+func checkedOutput(t testing.TB, c *TCB, now time.Time, buf []byte) int {
+	t.Helper()
+	quiet, timers, backoff := c.Quiet(), c.timers, c.persistBackoff
+	n := c.Output(now, buf)
+	if quiet && (n != 0 || c.timers != timers || c.persistBackoff != backoff) {
+		t.Fatalf("quiet: %d bytes, timers %v, before %v", n, c.timers, timers)
+	}
+	return n
 }
 
 // took takes a segment of the TCB, as it leaves the link.

@@ -560,8 +560,8 @@ func (t *TCB) takeData(now time.Time, off int64, p []byte, push bool) {
 	} else if t.rcv.quick > 0 && int64(len(p)) == t.rcv.mss {
 		t.ackDue = true
 		t.rcv.quick--
-	} else if !t.armed(timerDelack) {
-		t.arm(timerDelack, now, t.delack())
+	} else if at := now.Add(t.delack()); !t.armed(timerDelack) || at.Before(t.timers[timerDelack]) {
+		t.timers[timerDelack] = at
 	}
 	if t.discard {
 		t.recvBuf.skip()
@@ -584,12 +584,12 @@ const (
 // Deviation: RFC 5681 section 4.2 says that there SHOULD be an ACK for at least every
 // second full segment. A stream without gaps or pauses is acknowledged as by a receiver
 // whose network card puts segments together: at the end of what the peer has sent at a
-// time (PSH), or after a small part of the window.
+// time (PSH), or after a small part of the window that it was last told of.
 func (t *TCB) ackEvery(push bool) int64 {
 	if push || !t.smooth() {
 		return t.rcv.mss
 	}
-	return max(t.rcv.mss, min(stretchAck, t.recvBuf.max/16))
+	return max(t.rcv.mss, min(stretchAck, (t.rcv.adv-t.rcv.acked)/16))
 }
 
 // delack returns for how long an ACK may be delayed: where many segments wait for one,

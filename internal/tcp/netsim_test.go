@@ -86,7 +86,7 @@ func (s *side) checkOutput(seg *Segment) {
 // flush sends what is due.
 func (s *side) flush(now time.Time) {
 	for i := 0; ; i++ {
-		n := s.Output(now, s.buf)
+		n := checkedOutput(s.t, s.TCB, now, s.buf)
 		if n == 0 {
 			break
 		}

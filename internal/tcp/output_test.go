@@ -421,10 +421,12 @@ func TestT085DelayedAck(t *testing.T) {
 	}
 }
 
+const scaled = "<mss 1460,ws 7>"
+
 // smoothStream is a connection to which the peer has sent so much without a gap that
 // ACKs are fewer.
-func smoothStream(t *testing.T, opts ...func(*Config)) *harness {
-	h := established(t, plain, opts...)
+func smoothStream(t *testing.T, options string, opts ...func(*Config)) *harness {
+	h := established(t, options, opts...)
 	h.silent = true
 	for h.rcv.nxt < smoothBytes+10_000 {
 		h.full(1)
@@ -451,20 +453,20 @@ func (h *harness) full(n int) {
 func TestT086Stretch(t *testing.T) {
 	const limit = stretchAck / 1460 // segments that may wait
 	t.Run("limit", func(t *testing.T) {
-		h := smoothStream(t)
+		h := smoothStream(t, scaled)
 		h.full(limit)
 		h.expect()
 		h.full(1)
 		h.expect(fmt.Sprintf(". 1 ack %d", h.rcv.nxt))
 	})
 	t.Run("push", func(t *testing.T) {
-		h := smoothStream(t)
+		h := smoothStream(t, scaled)
 		h.full(2)
 		h.in(fmt.Sprintf("P. %d:%d ack 1", h.rcv.nxt, h.rcv.nxt+1460))
 		h.expect(fmt.Sprintf(". 1 ack %d", h.rcv.nxt))
 	})
 	t.Run("a lone one is delayed", func(t *testing.T) {
-		h := smoothStream(t)
+		h := smoothStream(t, scaled)
 		h.in(fmt.Sprintf("P. %d:%d ack 1", h.rcv.nxt, h.rcv.nxt+1460))
 		h.expect()
 		h.advance(delackShort)
@@ -480,7 +482,7 @@ func TestT086Stretch(t *testing.T) {
 		}
 	}
 	t.Run("pause", func(t *testing.T) {
-		h := smoothStream(t)
+		h := smoothStream(t, scaled)
 		h.full(3)
 		h.advance(delackShort - 1)
 		h.expect()
@@ -489,16 +491,74 @@ func TestT086Stretch(t *testing.T) {
 		everySecond(h)
 	})
 	t.Run("gap", func(t *testing.T) {
-		h := smoothStream(t)
+		h := smoothStream(t, scaled)
 		h.in(fmt.Sprintf(". %d:%d ack 1", h.rcv.nxt+1460, h.rcv.nxt+2920))
 		h.full(1)
 		everySecond(h)
 	})
 	t.Run("small buffer", func(t *testing.T) {
-		h := smoothStream(t, buffers(1<<20, 16<<10)) // a sixteenth is less than a segment
+		h := smoothStream(t, scaled, buffers(1<<20, 16<<10)) // a sixteenth is less than a segment
 		h.read(h.Buffered())
 		everySecond(h)
 	})
+}
+
+// However small the window is, only a part of it waits to be acknowledged.
+func TestT086StretchSmallWindow(t *testing.T) {
+	soon := func(t *testing.T, h *harness) {
+		t.Helper()
+		window := h.rcv.adv - h.rcv.acked
+		for left := window / 4; len(h.queue) == 0; left -= 1460 {
+			if left < 0 {
+				t.Fatalf("%d of a window of %d are not acknowledged", h.rcv.nxt-h.rcv.acked, window)
+			}
+			h.full(1)
+		}
+	}
+	t.Run("not scaled", func(t *testing.T) {
+		h := smoothStream(t, plain)
+		h.read(h.Buffered())
+		soon(t, h)
+	})
+	t.Run("unread", func(t *testing.T) {
+		h := smoothStream(t, scaled)
+		for h.rcv.adv-h.rcv.acked > 32<<10 {
+			h.full(1)
+		}
+		h.drain()
+		soon(t, h)
+	})
+	t.Run("no memory", func(t *testing.T) {
+		h := smoothStream(t, scaled)
+		h.UseMemory(NewMemory(1 << 18))
+		for h.rcv.adv-h.rcv.acked > 32<<10 {
+			h.full(1)
+			h.read(h.Buffered())
+		}
+		h.drain()
+		soon(t, h)
+	})
+}
+
+// What waits for a neighbour already when ACKs become fewer waits no longer than what
+// comes then.
+func TestT086StretchBegins(t *testing.T) {
+	h := established(t, scaled)
+	h.silent = true
+	h.in(". 1:101 ack 1") // so that the first one that may wait for many is the second of two
+	for h.rcv.nxt+1460 < smoothBytes {
+		h.full(1)
+		h.read(h.Buffered())
+	}
+	h.silent = false
+	h.drain()
+	if h.rcv.acked == h.rcv.nxt {
+		t.Fatal("nothing waits")
+	}
+	h.full(1)
+	h.expect()
+	h.advance(delackShort)
+	h.expect(fmt.Sprintf(". 1 ack %d", h.rcv.nxt))
 }
 
 // T084: the smaller of both windows.
