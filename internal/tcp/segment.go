@@ -132,6 +132,7 @@ func (s *Segment) parseOption(kind byte, v []byte) {
 		s.HasTimestamps = true
 		s.TSVal, s.TSEcr = binary.BigEndian.Uint32(v), binary.BigEndian.Uint32(v[4:])
 	case kind == optSACK && len(v)%8 == 0 && len(v) > 0:
+		s.SACK = [maxBlocks]Block{} // of two such options the last one counts
 		for s.Blocks = 0; len(v) > 0 && s.Blocks < maxBlocks; v = v[8:] {
 			s.SACK[s.Blocks] = Block{binary.BigEndian.Uint32(v), binary.BigEndian.Uint32(v[4:])}
 			s.Blocks++
