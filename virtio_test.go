@@ -310,9 +310,9 @@ func TestVirtioBatch(t *testing.T) {
 // data arrives.
 func TestVirtioLoss(t *testing.T) {
 	eachEnd(t, virtio(Config{}), func(t *testing.T, g *guest, far farEnd) {
-		rnd := rand.New(rand.NewPCG(1, 1))
+		toWriter, toGuest := rand.New(rand.NewPCG(1, 1)), rand.New(rand.NewPCG(1, 2))
 		g.setHook(func([]byte) error {
-			if rnd.IntN(10) == 0 {
+			if toWriter.IntN(10) == 0 {
 				return errDatagramTooLong
 			}
 			return nil
@@ -331,7 +331,7 @@ func TestVirtioLoss(t *testing.T) {
 			if len(seg.payload) == 0 {
 				continue
 			}
-			if rnd.IntN(50) > 0 { // else the guest's card loses it
+			if toGuest.IntN(50) > 0 { // else the guest's card loses it
 				held[g.seqOf(seg)] = seg.payload
 			}
 			for p := held[g.rcv]; p != nil; p = held[g.rcv] {
