@@ -45,23 +45,23 @@ const (
 
 // lossState is the scoreboard, and what recovery has done with it.
 type lossState struct {
-	sack    bool     // SACK was negotiated
+	sack    bool // SACK was negotiated
+	phase   phase
+	rescued bool     // the rescue retransmission was used (NextSeg rule 4)
+	rtxDue  bool     // the first segment goes out whatever pipe says
 	sacked  rangeSet // what the peer holds above una
 	dupAcks int64
-	phase   phase
 	recover int64 // nxt when recovery began: RecoveryPoint
 	highRxt int64 // end of what was retransmitted in this recovery: HighRxt
-	rescued bool  // the rescue retransmission was used (NextSeg rule 4)
 	limited int64 // bytes sent by limited transmit since the first duplicate ACK
 	dupEdge int64 // of what is below, a duplicate ACK may tell in this recovery that it has arrived
-	rtxDue  bool  // the first segment goes out whatever pipe says
 
 	cut int64 // nxt when cwnd was last reduced for a loss
 
 	// Tail loss probe, RFC 8985 section 7.
-	tailDue   bool  // a probe is to be sent
 	tailEnd   int64 // nxt when one was sent that is not acknowledged; 0: none
 	tailAgain bool  // it was data sent again
+	tailDue   bool  // a probe is to be sent
 	probes    uint8 // probes since the last ACK with news
 
 	// RACK, RFC 8985 section 6.

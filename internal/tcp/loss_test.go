@@ -507,7 +507,7 @@ func TestT114Reneging(t *testing.T) {
 		t.Error("SACKed data was freed")
 	}
 	h.rtt.srtt = 10 * sec // no reordering timer
-	h.timers[timerReorder] = h.now.Add(10 * sec)
+	h.arm(timerReorder, h.now, 10*sec)
 	h.advance(300 * ms)
 	h.wantSegments(1)
 	if len(h.loss.sacked) != 0 || h.armed(timerReorder) {

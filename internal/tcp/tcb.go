@@ -92,15 +92,16 @@ type TCB struct {
 
 	snd struct {
 		seq      seqSpace
+		scale    uint8 // of the peer's window
 		una, nxt int64 // nxt never goes back: what is sent again is loss's business
 		wnd      int64
 		wl1, wl2 int64 // SEG.SEQ and SEG.ACK of the latest window update
 		maxWnd   int64 // MAX.SND.WND of RFC 5961 section 5.2
 		mss      int64 // payload and options, as the peer and the link allow
-		scale    uint8 // of the peer's window
 	}
 	rcv struct {
 		seq    seqSpace
+		scale  uint8 // of our window
 		nxt    int64
 		adv    int64 // right edge of the advertised window; never retracted
 		acked  int64 // nxt as last sent to the peer: Last.ACK.sent
@@ -108,7 +109,6 @@ type TCB struct {
 		mss    int64 // longest payload seen, for the every-second-segment rule
 		quick  int   // full segments to acknowledge at once
 		smooth int64 // nxt when something was last out of order, or an ACK had to be delayed to the end
-		scale  uint8 // of our window
 	}
 	sendBuf sendBuf
 	recvBuf recvBuf
@@ -116,9 +116,8 @@ type TCB struct {
 	rtt     rttState
 	reno    renoState
 	loss    lossState
-	timing  bool // a segment is being timed: timedSeq, timedAt
-	retries int  // retransmissions of the segment at una
-	timers  [numTimers]time.Time
+	retries int // retransmissions of the segment at una
+	timers  [numTimers]moment
 
 	timestamps bool // negotiated
 	tsRecent   uint32
@@ -135,6 +134,7 @@ type TCB struct {
 	keepProbes     int
 	orphanGoal     int64 // of an orphan: what is to be acknowledged until timerEnd
 	persistBackoff uint8
+	timing         bool   // a segment is being timed: timedSeq, timedAt
 	tailWanted     bool   // timerTail is to be set anew
 	finQueued      bool   // the application has written its last byte
 	orphan         bool   // the application has left: nobody reads
@@ -459,7 +459,7 @@ func (t *TCB) close(r Reason) {
 		return
 	}
 	t.state, t.reason = Closed, r
-	t.timers = [numTimers]time.Time{}
+	t.timers = [numTimers]moment{}
 	t.sendBuf.drop()
 	if r == Aborted {
 		if t.Buffered() > 0 {
@@ -477,7 +477,7 @@ func (t *TCB) close(r Reason) {
 func (t *TCB) enterTimeWait(now time.Time) {
 	if t.state != TimeWait {
 		t.state = TimeWait
-		t.timers = [numTimers]time.Time{}
+		t.timers = [numTimers]moment{}
 		t.events |= EventTimeWait
 	}
 	t.arm(timerEnd, now, timeWaitTime)

@@ -50,27 +50,36 @@ type KeepAlive struct {
 	Count    int           // unanswered probes that end the connection
 }
 
-func (t *TCB) arm(i timer, now time.Time, d time.Duration) { t.timers[i] = now.Add(d) }
-func (t *TCB) disarm(i timer)                              { t.timers[i] = time.Time{} }
-func (t *TCB) armed(i timer) bool                          { return !t.timers[i].IsZero() }
+// moment is a time as its distance from TCB.start, a third of the size: an idle
+// connection is little else than its TCB. 0 is no time.
+type moment time.Duration
+
+func (t *TCB) moment(at time.Time) moment { return max(1, moment(at.Sub(t.start))) }
+
+func (t *TCB) arm(i timer, now time.Time, d time.Duration) { t.timers[i] = t.moment(now.Add(d)) }
+func (t *TCB) disarm(i timer)                              { t.timers[i] = 0 }
+func (t *TCB) armed(i timer) bool                          { return t.timers[i] != 0 }
 
 // Deadline returns when Advance must be called, and the zero time when nothing
 // waits for time to pass.
 func (t *TCB) Deadline() time.Time {
-	var d time.Time
+	var d moment
 	for _, at := range t.timers {
-		if !at.IsZero() && (d.IsZero() || at.Before(d)) {
+		if at != 0 && (d == 0 || at < d) {
 			d = at
 		}
 	}
-	return d
+	if d == 0 {
+		return time.Time{}
+	}
+	return t.start.Add(time.Duration(d))
 }
 
 // Advance runs the timers whose time has come.
 func (t *TCB) Advance(now time.Time) {
 	now = t.clock(now)
 	for i := range t.timers {
-		if at := t.timers[i]; at.IsZero() || at.After(now) {
+		if at := t.timers[i]; at == 0 || at > t.moment(now) {
 			continue
 		}
 		t.disarm(timer(i))
@@ -166,7 +175,7 @@ func (t *TCB) armTail(now time.Time) {
 	if (lone || l.phase != phaseOpen || l.tailEnd != 0 || l.probes > 0) && d > t.rtt.rto/4 {
 		return
 	}
-	if at := now.Add(d); at.Before(t.timers[timerRexmt]) {
+	if at := t.moment(now.Add(d)); at < t.timers[timerRexmt] {
 		t.timers[timerTail] = at
 	}
 }
