@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"time"
 
 	"github.com/KarpelesLab/slirp/internal/hostio"
@@ -244,7 +245,7 @@ func (c *tcpConn) run(ctx context.Context) {
 	c.tcb = tcp.NewPassive(cfg, now, &o.syn)
 	c.tcb.UseMemory(c.memory)
 	c.flush(now)
-	c.readHost()
+	c.readHost(now)
 }
 
 // connect asks Allow, and dials.
@@ -348,12 +349,13 @@ const (
 // It waits while the send buffer is full, so a slow guest slows the host. The
 // buffer is lent to each read, as long as the last ones made use of it, and only
 // while there is something to read.
-func (c *tcpConn) readHost() {
+func (c *tcpConn) readHost(now time.Time) {
 	size, lent, starved := minRead, 0, false
 	r := hostio.NewReader(c.host,
 		func() []byte {
 			c.mu.Lock()
 			defer c.mu.Unlock()
+			c.silent, c.idle = false, false
 			p := c.tcb.Reserve(size)
 			lent, starved = len(p), len(p) == 0
 			return p
@@ -362,6 +364,7 @@ func (c *tcpConn) readHost() {
 			c.mu.Lock()
 			defer c.mu.Unlock()
 			c.tcb.Commit(0)
+			c.hostSilent(now)
 		})
 	for c.waitWritable() {
 		starved = false
@@ -378,12 +381,61 @@ func (c *tcpConn) readHost() {
 		case n < lent/4:
 			size = max(size/2, minRead)
 		}
+		if c.renewing && errors.Is(err, os.ErrDeadlineExceeded) {
+			c.renewed()
+			return
+		}
 		if err != nil {
 			c.hostEnded(err)
 			return
 		}
-		c.flush(time.Now())
+		now = time.Now()
+		c.flush(now)
 	}
+}
+
+// idleAfter is about the time after which a host that has nothing to say is taken for
+// one that will not have for long. The goroutine that reads from it then makes way for
+// a fresh one: a stack that has been deep, for a dial or for frames, does not become as
+// small again, and is most of what an idle flow takes. To begin anew at each pause would
+// make short connections dearer by a tenth.
+const idleAfter = 100 * time.Millisecond
+
+// hostSilent notes that there is nothing to read from host, as there has not been since
+// now. It is called with c.mu held.
+func (c *tcpConn) hostSilent(now time.Time) {
+	c.silent = true
+	if c.lookAt.IsZero() && c.out.OK() {
+		c.idle = true
+		c.lookAt = now.Add(idleAfter)
+		c.setTimer(now)
+	}
+}
+
+// renewReader has readHost, which waits for host, end and a fresh goroutine take over.
+// Only a deadline calls it back. If there is something to read after all, readHost takes
+// that first. It is called without c.mu.
+func (c *tcpConn) renewReader() { c.host.SetReadDeadline(time.Unix(1, 0)) }
+
+// renewed is the end of a goroutine that renewReader has called back. It is called with
+// c.mu held and returns without it.
+func (c *tcpConn) renewed() {
+	c.renewing, c.silent, c.idle = false, false, false
+	c.mu.Unlock()
+	c.host.SetReadDeadline(time.Time{})
+	c.stack.goroutines.Go(c.awaitHost)
+}
+
+// awaitHost goes on as readHost as soon as there is something to read. Until then it
+// takes no more than the smallest of stacks, and no memory of readHost's.
+func (c *tcpConn) awaitHost() {
+	err := c.out.AwaitRead()
+	if err != nil {
+		c.mu.Lock()
+		c.hostEnded(err)
+		return
+	}
+	c.readHost(time.Now())
 }
 
 // waitWritable waits until the guest's send buffer has room. It reports false
@@ -407,21 +459,36 @@ func (c *tcpConn) waitWritable() bool {
 // lookInterval is the time between two looks at a host that is not read from.
 const lookInterval = 2 * time.Second
 
-// lookAtHost has a flow end whose host has failed while nothing is read from it, for
+// lookAtHost looks at what the reader of host waits for, when it is time. It reports
+// whether the caller is to call renewReader. It is called with c.mu held.
+func (c *tcpConn) lookAtHost(now time.Time) (renew bool) {
+	switch {
+	case c.lookAt.IsZero() || now.Before(c.lookAt):
+	case c.readWaits:
+		c.lookForFailure(now)
+	case c.idle && !c.renewing:
+		c.lookAt, c.renewing = time.Time{}, true
+		return true
+	case c.silent && !c.renewing:
+		c.idle = true
+		c.lookAt = now.Add(idleAfter)
+	default:
+		c.lookAt = time.Time{}
+	}
+	return false
+}
+
+// lookForFailure has a flow end whose host has failed while nothing is read from it, for
 // want of room: only a guest that takes what is there would have it read otherwise. It
 // is called with c.mu held, so that nobody reads meanwhile: the error that it finds is
 // told once, and a read would take what follows for the end of the data.
-func (c *tcpConn) lookAtHost(now time.Time) {
-	switch {
-	case c.lookAt.IsZero() || now.Before(c.lookAt):
-	case !c.readWaits:
-		c.lookAt = time.Time{}
-	case c.out.Failure() != nil:
+func (c *tcpConn) lookForFailure(now time.Time) {
+	if c.out.Failure() != nil {
 		c.readDone = true
 		c.tcb.Abort()
-	default:
-		c.lookAt = now.Add(lookInterval)
+		return
 	}
+	c.lookAt = now.Add(lookInterval)
 }
 
 // hostEnded tells the guest that the host's side has ended: with a FIN after the

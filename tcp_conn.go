@@ -35,13 +35,12 @@ type tcpConn struct {
 	gone       bool  // the table forgets it: a packet for it belongs to no flow
 	emitting   bool  // some goroutine hands frames to the Writer
 	unfinished bool  // the last turn has left frames to the timer
+	shortened  uint8 // how often pathMTU has made the segments shorter
 	turn       *turn // of the latest HandlePackets that it is to answer at the end of
 	timer      *time.Timer
 	timerAt    time.Time // when timer fires; zero: it does not
 
 	readable, writable sync.Cond // on mu
-
-	shortened int // how often pathMTU has made the segments shorter
 
 	icmp syscall.Errno // what an ICMP error said that ended DialContext; 0: nothing
 
@@ -49,9 +48,12 @@ type tcpConn struct {
 	host        net.Conn      // set once, with tcb
 	out         hostio.Writer // of host
 	heldUntil   time.Time     // when bytes that wait for more are written; zero: none do
+	lookAt      time.Time     // when lookAtHost is to be called; zero: it is not
 	pumping     bool          // a goroutine writes to host
 	readWaits   bool          // for room in the send buffer
-	lookAt      time.Time     // when host is looked at, which is not read from; zero: it is not
+	silent      bool          // readHost waits for host to have something to read
+	idle        bool          // silent is true, ever since lookAt was set
+	renewing    bool          // renewReader is called, and renewed is not yet
 	readDone    bool          // host has nothing more to say
 	ending      bool          // host has failed, and its last words wait for emitting to be false
 	writeDone   bool          // nothing more is written to host
@@ -268,8 +270,11 @@ func (c *tcpConn) onTimer() {
 	c.timerAt = time.Time{}
 	now := time.Now()
 	c.tcb.Advance(now)
-	c.lookAtHost(now)
+	renew := c.lookAtHost(now)
 	c.flushTurn(now, maxTurn)
+	if renew {
+		c.renewReader()
+	}
 }
 
 // wake tells whoever waits for the flow, and reports whether the caller is to call

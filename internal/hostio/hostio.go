@@ -133,3 +133,9 @@ func (w Writer) Write(p []byte) (int, error) { return w.raw.write(p) }
 // neither a read nor a write has told: the peer has reset it, most likely. It neither
 // waits nor reads, and tells of an error once. It may be called if Write may be.
 func (w Writer) Failure() error { return w.raw.failure() }
+
+// AwaitRead waits until there is something to read, or the end, and reads nothing. An
+// error is the one that a read would have returned, which is told once. A goroutine
+// that has done nothing else needs no more than its first stack for it. It may be called
+// if Write may be.
+func (w Writer) AwaitRead() error { return w.raw.awaitRead() }

@@ -27,3 +27,4 @@ func (w rawWriter) init(net.Conn)             {}
 func (w rawWriter) ok() bool                  { return false }
 func (w rawWriter) write([]byte) (int, error) { panic("unreachable") }
 func (w rawWriter) failure() error            { panic("unreachable") }
+func (w rawWriter) awaitRead() error          { panic("unreachable") }

@@ -262,3 +262,25 @@ func (w rawWriter) failure() error {
 	}
 	return os.NewSyscallError("read", syscall.Errno(errno))
 }
+
+// awaitRead looks at what there is to read and leaves it there, but for an error, which
+// the operating system forgets when it has told it.
+func (w rawWriter) awaitRead() (err error) {
+	waited := w.conn.Read(func(fd uintptr) bool {
+		var b [1]byte
+		for {
+			_, _, err = syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK)
+			if err != syscall.EINTR {
+				break
+			}
+		}
+		if err == syscall.EAGAIN {
+			return false
+		}
+		return true
+	})
+	if waited != nil {
+		return waited
+	}
+	return err
+}
