@@ -182,7 +182,8 @@ type Config struct {
 	// UDPMappingEndpoint; network is "tcp" or "udp", address
 	// an IP and port. Nil uses a [net.Dialer]. [FlowFromContext] tells which
 	// guest asks. It is called on a goroutine of its own, under the context of
-	// Allow, and the Stack closes what it returns.
+	// Allow, and the Stack closes what it returns. The read deadline of a
+	// *net.TCPConn is the Stack's, too: one that was set before does not last.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 
 	// ListenPacket opens the host socket of a UDP mapping, if UDPMapping is
