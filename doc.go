@@ -149,8 +149,7 @@
 //
 // # Limits
 //
-// Memory follows need: an idle flow holds no buffer, and is no more than its state, a
-// host socket and a goroutine that waits, 6 KiB in all; rings grow to SendBuffer and
+// Memory follows need: an idle flow holds no buffer, rings grow to SendBuffer and
 // ReceiveBuffer and go back when they are empty. All of them in a namespace hold
 // MaxBuffered at most: the more there is, the less of what is left has the next one to
 // take, down to 8 KiB. Then hosts are read from less, and guests see smaller windows. Flows, dials under way, and
