@@ -436,7 +436,8 @@ func (s *Stack) HandlePacket(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte
 // HandlePackets takes several packets, in the order in which the guest sent them,
 // as HandlePacket takes one. It costs less: what a TCP flow has to say to all of them
 // it says at once, with one acknowledgment and one write to the host where there
-// would be many. Neither packets nor what is in it is kept. The error is the first
+// would be many, and datagrams that follow each other go to the host together, if its
+// system can do that. Neither packets nor what is in it is kept. The error is the first
 // one; the packets behind it are taken all the same.
 func (s *Stack) HandlePackets(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte, packets [][]byte, w BatchWriter) (first error) {
 	l := &link{guest: clientMAC, gw: gwMAC, batch: w, ns: namespace, virtio: s.cfg.VirtioNetHeader}
@@ -454,8 +455,11 @@ func (s *Stack) HandlePackets(namespace uintptr, clientMAC [6]byte, gwMAC [6]byt
 }
 
 // turn is a call of HandlePackets: the flows that have taken segments in it, and
-// answer when it ends.
-type turn struct{ flows []*tcpConn }
+// answer when it ends, and the datagrams that go to the host together.
+type turn struct {
+	flows []*tcpConn
+	burst burst
+}
 
 var turns = sync.Pool{New: func() any { return new(turn) }}
 
@@ -475,6 +479,7 @@ func (t *turn) defers(c *tcpConn) bool {
 
 // end has every flow answer. The error is the first of a Writer.
 func (t *turn) end() (first error) {
+	first = t.burst.send()
 	for _, c := range t.flows {
 		c.mu.Lock()
 		if c.turn == t {
@@ -541,7 +546,7 @@ func (s *Stack) handleTransport(p *ipPacket, l *link, t *turn) error {
 	case protoTCP:
 		return s.handleTCP(p, l, t)
 	case protoUDP:
-		return s.handleUDP(l.ns, p, l)
+		return s.handleUDP(p, l, t)
 	case icmpProto(p.version):
 		if p.src.isUnicast() {
 			s.learn(guestKey{l.ns, p.src, uintptr(p.version)}, l)

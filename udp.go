@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -49,14 +50,14 @@ const (
 )
 
 // handleUDP takes a UDP packet.
-func (s *Stack) handleUDP(ns uintptr, p *ipPacket, l *link) error {
+func (s *Stack) handleUDP(p *ipPacket, l *link, t *turn) error {
 	datagram, ok := udpDatagram(p.payload)
 	if !ok {
 		s.count(dropTruncated)
 		return nil
 	}
 	key := flowKey{
-		ns: ns, guest: p.src, host: p.dst, proto: protoUDP, version: p.version,
+		ns: l.ns, guest: p.src, host: p.dst, proto: protoUDP, version: p.version,
 		guestPort: binary.BigEndian.Uint16(datagram), hostPort: binary.BigEndian.Uint16(datagram[2:]),
 	}
 	switch {
@@ -74,7 +75,7 @@ func (s *Stack) handleUDP(ns uintptr, p *ipPacket, l *link) error {
 	data := datagram[udpHeaderLen:]
 	for {
 		if f := s.lookupUDP(&key); f != nil {
-			if ok, err := f.handle(now, &key, data, p, l); ok {
+			if ok, err := f.handle(now, &key, data, p, l, t); ok {
 				return err
 			}
 			s.remove(&f.key, f)
@@ -259,6 +260,7 @@ type udpFlow struct {
 	answered bool               // a datagram of the host has passed
 	timer    *time.Timer        // for the idle timeout; nil if there is none
 	failures int                // errors of host since the last datagram, either way
+	alone    atomic.Bool        // the host's system does not take several datagrams at once
 	quote    [maxQuote]byte     // the front of the guest's latest packet, or of what owed is about
 	quoteLen int
 }
@@ -275,7 +277,7 @@ func (s *Stack) newUDPFlow(key *flowKey, l *link, now time.Time) *udpFlow {
 // handle takes a datagram of the guest, whose ends are those of key. It reports
 // false when the flow is gone. The error is that of the Writer for an ICMP error
 // sent at once.
-func (f *udpFlow) handle(now time.Time, key *flowKey, data []byte, p *ipPacket, l *link) (ok bool, err error) {
+func (f *udpFlow) handle(now time.Time, key *flowKey, data []byte, p *ipPacket, l *link, t *turn) (ok bool, err error) {
 	f.mu.Lock()
 	if f.gone {
 		f.mu.Unlock()
@@ -305,10 +307,76 @@ func (f *udpFlow) handle(now time.Time, key *flowKey, data []byte, p *ipPacket, 
 	switch {
 	case begin != nil:
 		f.mapping.begin(begin)
+	case direct && t != nil:
+		err = t.burst.add(f, &d)
 	case direct:
 		err = f.writeWith(d, (*udpFlow).trySend)
 	}
 	return true, err
+}
+
+// burst is datagrams that go from one flow to one host with one system call: most of
+// the cost of a datagram is that of a call, not of its bytes.
+type burst struct {
+	f     *udpFlow
+	data  []byte // of all of them
+	size  int    // of each, but the last may be shorter
+	to    netip.AddrPort
+	quote []byte // of the last one
+}
+
+// maxBurst bounds the bytes of a burst, which have to fit into one packet of IP.
+const maxBurst = 60 << 10
+
+// add takes a datagram that is to be written to the host at once. Those of others
+// before it are written first. The error is that of the Writer, about one of those or
+// this one.
+func (b *burst) add(f *udpFlow, d *datagram) (err error) {
+	if b.f != nil && !b.fits(f, d) {
+		err = b.send()
+	}
+	if b.f == nil {
+		b.f, b.size, b.to = f, len(d.data), d.to
+	}
+	b.data, b.quote = append(b.data, d.data...), append(b.quote[:0], d.quote...)
+	return err
+}
+
+// fits reports whether a datagram may follow those that are there.
+func (b *burst) fits(f *udpFlow, d *datagram) bool {
+	n := len(b.data)
+	return b.f == f && b.to == d.to && f.sender.Segments() && !f.alone.Load() &&
+		b.size > 0 && n%b.size == 0 && 0 < len(d.data) && len(d.data) <= b.size &&
+		n < hostio.MaxSegments*b.size && n+len(d.data) <= maxBurst
+}
+
+// send writes the datagrams to the host. If that cannot be done with all of them, one
+// by one: an error is about one of them.
+func (b *burst) send() (first error) {
+	f, data := b.f, b.data
+	if f == nil {
+		return nil
+	}
+	b.f, b.data = nil, data[:0]
+	if len(data) > b.size {
+		err := f.sender.SendSegments(data, b.size, b.to)
+		if err == nil {
+			return nil
+		}
+		if _, answer := datagramAnswer(err); !answer && hostio.KindOf(err) != hostio.Full {
+			f.alone.Store(true)
+		}
+	}
+	for {
+		n := min(b.size, len(data))
+		d := datagram{data: data[:n], to: b.to, quote: b.quote}
+		if err := f.writeWith(d, (*udpFlow).trySend); err != nil && first == nil {
+			first = err
+		}
+		if data = data[n:]; len(data) == 0 {
+			return first
+		}
+	}
 }
 
 // accept queues a datagram of the guest, or reports that it is to be written to
@@ -436,7 +504,7 @@ func datagramAnswer(err error) (kind unreachable, ok bool) {
 }
 
 // failed deals with an error of the host socket, and reports whether the flow
-// lives on. Quote is the packet it is about; nil: the guest's latest. The error it
+// lives on. Quote is the packet it is about; empty: the guest's latest. The error it
 // returns is that of the Writer.
 func (f *udpFlow) failed(err error, quote []byte) (writer error, alive bool) {
 	if kind, ok := datagramAnswer(err); ok {
@@ -687,7 +755,7 @@ func (f *udpFlow) report(kind unreachable, quote []byte) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.owes, f.owed = true, kind
-	if quote != nil {
+	if len(quote) > 0 {
 		f.keepQuote(quote)
 	}
 	if f.emitting {

@@ -18,6 +18,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/KarpelesLab/slirp/internal/hostio"
 )
 
 // udpGuest is a machine that speaks UDP from one port to one destination, unless
@@ -1519,4 +1521,100 @@ func BenchmarkUDPToHost(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
+}
+
+// TestUDPBurst: the datagrams of one call of HandlePackets arrive as they were sent,
+// of each flow in its order, whatever the host's system can do with several at once.
+func TestUDPBurst(t *testing.T) {
+	dials := map[string]func(ctx context.Context, network, address string) (net.Conn, error){
+		"plain": nil,
+		"alone": func(ctx context.Context, network, address string) (net.Conn, error) {
+			d := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error { return refuseSegments(c) }}
+			return d.DialContext(ctx, network, address)
+		},
+	}
+	for name, dial := range dials {
+		for _, mapping := range []UDPMapping{UDPMappingPerFlow, UDPMappingEndpoint} {
+			if dial != nil && mapping != UDPMappingPerFlow {
+				continue // which does not dial
+			}
+			t.Run(fmt.Sprint(name, mapping), func(t *testing.T) {
+				eachFamily(t, func(t *testing.T, fam family) { testUDPBurst(t, fam, Config{Dial: dial, UDPMapping: mapping}) })
+			})
+		}
+	}
+}
+
+func testUDPBurst(t *testing.T, fam family, cfg Config) {
+	s, err := NewWithConfig(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	servers := make([]*net.UDPConn, 2)
+	to := make([]netip.AddrPort, 2)
+	for i := range servers {
+		servers[i], to[i] = udpServer(t, fam, 0)
+		servers[i].SetReadBuffer(1 << 20) // a burst arrives before anyone can read
+	}
+	g := newUDPGuest(newMachine(t, s), fam.guest, to[0])
+	buf := make([]byte, 1<<16)
+	expect := func(server int, text string) {
+		t.Helper()
+		if n, _, err := servers[server].ReadFromUDPAddrPort(buf); err != nil || string(buf[:n]) != text {
+			t.Fatalf("server %d has %d bytes, %v, want %d", server, n, err, len(text))
+		}
+	}
+	for i := range to { // what comes before the sockets are there goes another way
+		g.mustSend(udpPacket(g.from, to[i], []byte("first")))
+		expect(i, "first")
+		key := flowKey{guest: ipAddrFrom(g.from.Addr()), host: ipAddrFrom(to[i].Addr()), proto: protoUDP, version: uint16(fam.version),
+			guestPort: g.from.Port(), hostPort: to[i].Port()}
+		f := s.lookupUDP(&key)
+		for pumping := true; pumping; runtime.Gosched() {
+			f.mu.Lock()
+			pumping = f.pumping
+			f.mu.Unlock()
+		}
+	}
+	for round, sizes := range [][]int{
+		{1000, 1000, 1000, 1000, 400, 400, 400, 0, 0, 1, 1, 1400, 1400, 1400, 1399, 1400, 2, 3, 3},
+		slices.Repeat([]int{100}, hostio.MaxSegments+2),
+		slices.Repeat([]int{1452}, maxBurst/1452+2),
+	} {
+		var packets [][]byte
+		var sent [2][]string
+		for i, size := range sizes {
+			server := 0
+			if round == 0 {
+				server = i / 6 % 2
+			}
+			text := string(pattern(size + i)[i:])
+			packets = append(packets, udpPacket(g.from, to[server], []byte(text)))
+			sent[server] = append(sent[server], text)
+		}
+		if err := g.batch(g.writeBatch, packets...); err != nil {
+			t.Fatal(err)
+		}
+		for i := range sent {
+			for _, text := range sent[i] {
+				expect(i, text)
+			}
+		}
+	}
+	// Nobody is there any more, and somebody again.
+	port := int(to[0].Port())
+	servers[0].Close()
+	refused := func() {
+		g.batch(g.writeBatch, udpPacket(g.from, to[0], []byte("anyone?")), udpPacket(g.from, to[0], []byte("anyone?")), udpPacket(g.from, to[1], []byte("you?")))
+		expect(1, "you?")
+	}
+	refused()
+	if cfg.UDPMapping == UDPMappingPerFlow {
+		g.expectUnreachable(unreachablePort, udpPacket(g.from, to[0], []byte("anyone?")))
+	}
+	servers[0], _ = udpServer(t, fam, port)
+	g.batch(g.writeBatch, udpPacket(g.from, to[0], []byte("hello")), udpPacket(g.from, to[0], []byte("world")))
+	expect(0, "hello")
+	expect(0, "world")
 }

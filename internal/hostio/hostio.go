@@ -107,10 +107,24 @@ func NewSender(conn net.Conn) *Sender {
 
 // Send sends p as one datagram, which may be empty. It may be called concurrently.
 // The error is of the kind [Full] if there is no room for it now.
-func (s *Sender) Send(p []byte) error { return s.raw.send(p, netip.AddrPort{}) }
+func (s *Sender) Send(p []byte) error { return s.raw.send(p, netip.AddrPort{}, 0) }
 
 // SendTo is Send for a socket that is not connected.
-func (s *Sender) SendTo(p []byte, to netip.AddrPort) error { return s.raw.send(p, to) }
+func (s *Sender) SendTo(p []byte, to netip.AddrPort) error { return s.raw.send(p, to, 0) }
+
+// MaxSegments is how many datagrams SendSegments may be given.
+const MaxSegments = 64
+
+// Segments reports whether SendSegments may be called. The operating system may refuse
+// each of its calls all the same.
+func (s *Sender) Segments() bool { return canSegment }
+
+// SendSegments sends p as several datagrams, each of size bytes but the last, which may
+// be shorter, to where the socket is connected or else to an address. It sends all or
+// none of them.
+func (s *Sender) SendSegments(p []byte, size int, to netip.AddrPort) error {
+	return s.raw.send(p, to, size)
+}
 
 // Writer writes to a stream without ever waiting for room.
 type Writer struct{ raw rawWriter }

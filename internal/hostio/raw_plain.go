@@ -17,8 +17,8 @@ func (r *rawReader) read() (int, error) { panic("unreachable") }
 // rawSender is not to be had either.
 type rawSender struct{}
 
-func (s *rawSender) init(net.Conn) bool                { return false }
-func (s *rawSender) send([]byte, netip.AddrPort) error { panic("unreachable") }
+func (s *rawSender) init(net.Conn) bool                     { return false }
+func (s *rawSender) send([]byte, netip.AddrPort, int) error { panic("unreachable") }
 
 // rawWriter is not to be had either.
 type rawWriter struct{}

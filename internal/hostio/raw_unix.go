@@ -139,6 +139,7 @@ func (s *rawSender) init(conn net.Conn) bool {
 // each time.
 type sending struct {
 	p   []byte
+	oob []byte           // the size of each datagram, if p is several; or empty
 	to  syscall.Sockaddr // ip4 or ip6; nil: where the socket is connected to
 	ip4 syscall.SockaddrInet4
 	ip6 syscall.SockaddrInet6
@@ -152,13 +153,17 @@ var sendings = sync.Pool{New: func() any {
 	return w
 }}
 
-func (s *rawSender) send(p []byte, to netip.AddrPort) error {
+// send sends p as one datagram, or as several of size bytes if size is not 0.
+func (s *rawSender) send(p []byte, to netip.AddrPort, size int) error {
 	a := to.Addr()
 	if a.IsValid() && !s.ip6 && !a.Unmap().Is4() {
 		return syscall.ENETUNREACH
 	}
 	w := sendings.Get().(*sending)
-	w.p, w.err = p, nil
+	w.p, w.oob, w.err = p, w.oob[:0], nil
+	if size > 0 {
+		w.oob = appendSegmentSize(w.oob, size)
+	}
 	switch {
 	case !a.IsValid():
 	case s.ip6:
@@ -180,7 +185,9 @@ func (s *rawSender) send(p []byte, to netip.AddrPort) error {
 // write writes once. It is always done: RawConn would wait otherwise.
 func (w *sending) write(fd uintptr) bool {
 	for {
-		if w.to == nil {
+		if len(w.oob) > 0 {
+			w.err = syscall.Sendmsg(int(fd), w.p, w.oob, w.to, 0)
+		} else if w.to == nil {
 			_, w.err = syscall.Write(int(fd), w.p)
 		} else {
 			w.err = syscall.Sendto(int(fd), w.p, 0, w.to)

@@ -138,7 +138,8 @@ func (l *lossState) lostEdge(una, nxt, mss int64) int64 {
 	case l.phase == phaseRTO:
 		return l.recover
 	case !l.sack && l.phase == phaseFast:
-		return min(una+mss, nxt)
+		// What is above recover was sent later than what is known to be lost.
+		return min(una+mss, l.recover)
 	case l.phase == phaseFast && !l.reorder.seen:
 		// RFC 8985 section 6.2 step 4: in recovery the reordering window is 0.
 		return max(una, l.orderEdge())

@@ -184,6 +184,26 @@ func TestT108PartialAck(t *testing.T) {
 	}
 }
 
+// T108: a segment that is lost and short is sent again, and nothing of what was sent for
+// the first time behind it, in recovery: nobody has said that this is lost too.
+func TestT108ShortSegment(t *testing.T) {
+	for _, opts := range [][]func(*Config){{linkMSS(1000)}, {linkMSS(1000), offload(65455)}} {
+		h := established(t, "<mss 1000>", opts...)
+		h.write(9100) // the first 1000 bytes and the last 100 are lost
+		h.drain()
+		for range 3 {
+			h.ack(0)
+		}
+		h.wantSegments(1)
+		h.write(20_000)
+		h.ack(9)
+		h.wantData("9001:9101", "9101:10101", "10101:11101", "11101:12101", "12101:13101")
+		if h.loss.phase != phaseFast {
+			t.Error("recovery has ended too early")
+		}
+	}
+}
+
 // T110: no fast retransmit for what was sent before a timeout.
 func TestT110AfterTimeout(t *testing.T) {
 	h := flight(t, "")

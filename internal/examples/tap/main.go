@@ -26,6 +26,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/pprof"
 	"syscall"
 
@@ -50,8 +51,16 @@ func main() {
 	mtu := flag.Int("mtu", 1500, "MTU; the device's own is set with ip link")
 	vnet := flag.Bool("vnet", false, "let packets of up to 64 KiB pass, and leave checksums to the kernel")
 	drop := flag.Float64("drop", 0, "`probability` of losing a frame, each way")
+	procs := flag.Int("procs", 1, "processors to use at a time, `n`; 0: as many as there are")
 	profile := flag.String("cpuprofile", "", "write a CPU profile to `file`")
 	flag.Parse()
+	if *procs < 0 {
+		log.Fatalf("-procs %d: negative", *procs)
+	}
+	// A device has one queue. Where one goroutine reads it and others write to it, most
+	// of their time goes into waking each other up: one processor carries a stream of one
+	// connection faster than two. Many guests, or many connections, may want more.
+	runtime.GOMAXPROCS(*procs)
 
 	if err := run(*ns, *name, *mtu, *vnet, *drop, *profile); err != nil {
 		log.Fatal(err)
