@@ -211,6 +211,22 @@ func (r *idleRig) renewWhile(c *tcpConn, f func()) {
 	f()
 }
 
+// hold keeps the goroutine that reads from the host of a new flow from making way, and
+// reports false if it does so already.
+func (r *idleRig) hold(c *tcpConn) bool {
+	for ; ; time.Sleep(idleAfter / 100) {
+		c.mu.Lock()
+		waits := c.silent && !c.renewing
+		if waits {
+			c.lookAt = time.Now().Add(patience)
+		}
+		c.mu.Unlock()
+		if waits || strings.Contains(otherGoroutines(), ".AwaitRead(") {
+			return waits
+		}
+	}
+}
+
 // TestRenewedReaderDeadline: a deadline that is none of the Stack's ends the flow, as
 // any other error of a read does, and so it does on a fresh goroutine.
 func TestRenewedReaderDeadline(t *testing.T) {
@@ -218,7 +234,7 @@ func TestRenewedReaderDeadline(t *testing.T) {
 		r := newIdleRig(t, fam)
 		for _, resting := range []bool{false, true} {
 			c, g, far := r.connect()
-			if resting {
+			if resting || !r.hold(c) {
 				r.rest(c)
 			}
 			c.host.SetReadDeadline(time.Unix(1, 0))
@@ -227,6 +243,37 @@ func TestRenewedReaderDeadline(t *testing.T) {
 				t.Errorf("the host reads %v", err)
 			}
 			r.expectFlows(0)
+		}
+	})
+}
+
+// TestIdleAfterWriter: how long the Writer has taken is no part of the time for which a
+// host is silent, and makes no timer late.
+func TestIdleAfterWriter(t *testing.T) {
+	eachFamily(t, func(t *testing.T, fam family) {
+		r := newIdleRig(t, fam)
+		c, g, far := r.connect()
+		r.rest(c)
+		returned := make(chan time.Time, 1)
+		r.setHook(func([]byte) error {
+			r.setHook(nil)
+			time.Sleep(2 * idleAfter)
+			returned <- time.Now()
+			return nil
+		})
+		putText(t, far, "down")
+		g.expectText("down")
+		since := <-returned
+		for looked := false; !looked; time.Sleep(idleAfter / 100) {
+			c.mu.Lock()
+			if !c.lookAt.IsZero() && c.silent {
+				looked = true
+				if c.lookAt.Before(since.Add(idleAfter)) {
+					t.Errorf("lookAt %v and timerAt %v after the Writer has returned", c.lookAt.Sub(since), c.timerAt.Sub(since))
+				}
+			}
+			looked = looked || time.Since(since) > 2*idleAfter // this machine is too slow to see it
+			c.mu.Unlock()
 		}
 	})
 }

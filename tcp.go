@@ -245,7 +245,7 @@ func (c *tcpConn) run(ctx context.Context) {
 	c.tcb = tcp.NewPassive(cfg, now, &o.syn)
 	c.tcb.UseMemory(c.memory)
 	c.flush(now)
-	c.readHost(now)
+	c.readHost()
 }
 
 // connect asks Allow, and dials.
@@ -349,7 +349,7 @@ const (
 // It waits while the send buffer is full, so a slow guest slows the host. The
 // buffer is lent to each read, as long as the last ones made use of it, and only
 // while there is something to read.
-func (c *tcpConn) readHost(now time.Time) {
+func (c *tcpConn) readHost() {
 	size, lent, starved := minRead, 0, false
 	r := hostio.NewReader(c.host,
 		func() []byte {
@@ -364,7 +364,7 @@ func (c *tcpConn) readHost(now time.Time) {
 			c.mu.Lock()
 			defer c.mu.Unlock()
 			c.tcb.Commit(0)
-			c.hostSilent(now)
+			c.hostSilent()
 		})
 	for c.waitWritable() {
 		starved = false
@@ -389,8 +389,7 @@ func (c *tcpConn) readHost(now time.Time) {
 			c.hostEnded(err)
 			return
 		}
-		now = time.Now()
-		c.flush(now)
+		c.flush(time.Now())
 	}
 }
 
@@ -401,11 +400,11 @@ func (c *tcpConn) readHost(now time.Time) {
 // make short connections dearer by a tenth.
 const idleAfter = 100 * time.Millisecond
 
-// hostSilent notes that there is nothing to read from host, as there has not been since
-// now. It is called with c.mu held.
-func (c *tcpConn) hostSilent(now time.Time) {
+// hostSilent notes that there is nothing to read from host. It is called with c.mu held.
+func (c *tcpConn) hostSilent() {
 	c.silent = true
 	if c.lookAt.IsZero() && c.out.OK() {
+		now := time.Now() // the Writer may have taken any time
 		c.idle = true
 		c.lookAt = now.Add(idleAfter)
 		c.setTimer(now)
@@ -435,7 +434,7 @@ func (c *tcpConn) awaitHost() {
 		c.hostEnded(err)
 		return
 	}
-	c.readHost(time.Now())
+	c.readHost()
 }
 
 // waitWritable waits until the guest's send buffer has room. It reports false

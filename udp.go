@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -279,9 +280,15 @@ func (s *Stack) newUDPFlow(key *flowKey, l *link, now time.Time) *udpFlow {
 // sent at once.
 func (f *udpFlow) handle(now time.Time, key *flowKey, data []byte, p *ipPacket, l *link, t *turn) (ok bool, err error) {
 	f.mu.Lock()
+	if t != nil && t.burst.f == f && f.pumping {
+		// This datagram takes another way: those before it must not come behind it.
+		f.mu.Unlock()
+		err = t.burst.send()
+		f.mu.Lock()
+	}
 	if f.gone {
 		f.mu.Unlock()
-		return false, nil
+		return false, err
 	}
 	f.link, f.failures = *l, 0
 	// A connection of DialContext sends to where the guest is, even if that
@@ -291,10 +298,11 @@ func (f *udpFlow) handle(now time.Time, key *flowKey, data []byte, p *ipPacket, 
 		f.learned = now
 	}
 	d := datagram{data: data}
+	front := p.raw[:min(len(p.raw), maxQuote)]
 	var begin *destination
 	var direct bool
 	if f.mapping != nil {
-		d.to, d.quote = key.hostEnd(), p.raw[:min(len(p.raw), maxQuote)]
+		d.to, d.quote = key.hostEnd(), front
 		begin, direct = f.mapping.accept(now, &d)
 	} else {
 		f.active = now
@@ -308,7 +316,10 @@ func (f *udpFlow) handle(now time.Time, key *flowKey, data []byte, p *ipPacket, 
 	case begin != nil:
 		f.mapping.begin(begin)
 	case direct && t != nil:
-		err = t.burst.add(f, &d)
+		d.quote = front
+		if e := t.burst.add(f, &d); err == nil {
+			err = e
+		}
 	case direct:
 		err = f.writeWith(d, (*udpFlow).trySend)
 	}
@@ -318,11 +329,11 @@ func (f *udpFlow) handle(now time.Time, key *flowKey, data []byte, p *ipPacket, 
 // burst is datagrams that go from one flow to one host with one system call: most of
 // the cost of a datagram is that of a call, not of its bytes.
 type burst struct {
-	f     *udpFlow
-	data  []byte // of all of them
-	size  int    // of each, but the last may be shorter
-	to    netip.AddrPort
-	quote []byte // of the last one
+	f      *udpFlow
+	data   []byte // of all of them
+	size   int    // of each, but the last may be shorter
+	to     netip.AddrPort
+	quotes [][]byte // of each, the front of its packet; memory is used again
 }
 
 // maxBurst bounds the bytes of a burst, which have to fit into one packet of IP.
@@ -338,7 +349,10 @@ func (b *burst) add(f *udpFlow, d *datagram) (err error) {
 	if b.f == nil {
 		b.f, b.size, b.to = f, len(d.data), d.to
 	}
-	b.data, b.quote = append(b.data, d.data...), append(b.quote[:0], d.quote...)
+	b.data = append(b.data, d.data...)
+	n := len(b.quotes)
+	b.quotes = slices.Grow(b.quotes, 1)[:n+1]
+	b.quotes[n] = append(b.quotes[n][:0], d.quote...)
 	return err
 }
 
@@ -353,30 +367,45 @@ func (b *burst) fits(f *udpFlow, d *datagram) bool {
 // send writes the datagrams to the host. If that cannot be done with all of them, one
 // by one: an error is about one of them.
 func (b *burst) send() (first error) {
-	f, data := b.f, b.data
+	f, data, quotes := b.f, b.data, b.quotes
 	if f == nil {
 		return nil
 	}
-	b.f, b.data = nil, data[:0]
-	if len(data) > b.size {
-		err := f.sender.SendSegments(data, b.size, b.to)
-		if err == nil {
-			return nil
-		}
-		if _, answer := datagramAnswer(err); !answer && hostio.KindOf(err) != hostio.Full {
-			f.alone.Store(true)
-		}
-	}
-	for {
-		n := min(b.size, len(data))
-		d := datagram{data: data[:n], to: b.to, quote: b.quote}
-		if err := f.writeWith(d, (*udpFlow).trySend); err != nil && first == nil {
-			first = err
-		}
-		if data = data[n:]; len(data) == 0 {
+	b.f, b.data, b.quotes = nil, data[:0], quotes[:0]
+	if len(quotes) > 1 {
+		var done bool
+		if done, first = b.sendTogether(f, data, quotes[0]); done {
 			return first
 		}
 	}
+	for _, quote := range quotes {
+		n := min(b.size, len(data))
+		d := datagram{data: data[:n], to: b.to, quote: quote}
+		if err := f.writeWith(d, (*udpFlow).trySend); err != nil && first == nil {
+			first = err
+		}
+		data = data[n:]
+	}
+	return first
+}
+
+// sendTogether writes several datagrams to the host, and reports whether it could. As
+// with one of them, a socket that is connected may tell what became of an earlier one
+// first: the guest hears of that here, unless it hears it again of one of these.
+func (b *burst) sendTogether(f *udpFlow, data, quote []byte) (done bool, writer error) {
+	err := f.sender.SendSegments(data, b.size, b.to)
+	var earlier error
+	_, answer := datagramAnswer(err)
+	if answer && f.mapping == nil {
+		earlier, err = err, f.sender.SendSegments(data, b.size, b.to)
+		if _, answer = datagramAnswer(err); !answer {
+			writer, _ = f.failed(earlier, quote)
+		}
+	}
+	if err != nil && !answer && hostio.KindOf(err) != hostio.Full {
+		f.alone.Store(true)
+	}
+	return err == nil, writer
 }
 
 // accept queues a datagram of the guest, or reports that it is to be written to

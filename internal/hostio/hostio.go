@@ -117,7 +117,7 @@ const MaxSegments = 64
 
 // Segments reports whether SendSegments may be called. The operating system may refuse
 // each of its calls all the same.
-func (s *Sender) Segments() bool { return canSegment }
+func (s *Sender) Segments() bool { return s.raw.segments }
 
 // SendSegments sends p as several datagrams, each of size bytes but the last, which may
 // be shorter, to where the socket is connected or else to an address. It sends all or

@@ -15,7 +15,7 @@ func (r *rawReader) ok() bool           { return false }
 func (r *rawReader) read() (int, error) { panic("unreachable") }
 
 // rawSender is not to be had either.
-type rawSender struct{}
+type rawSender struct{ segments bool }
 
 func (s *rawSender) init(net.Conn) bool                     { return false }
 func (s *rawSender) send([]byte, netip.AddrPort, int) error { panic("unreachable") }

@@ -116,8 +116,9 @@ func (r *Reader) receive(fd int, p []byte) (n int, err error) {
 
 // rawSender writes to a socket without waiting.
 type rawSender struct {
-	conn syscall.RawConn
-	ip6  bool // the socket takes addresses of IPv6
+	conn     syscall.RawConn
+	ip6      bool // the socket takes addresses of IPv6
+	segments bool // the operating system cuts datagrams
 }
 
 // init prepares for a connection that is a UDP socket. A type that wraps one is
@@ -128,11 +129,14 @@ func (s *rawSender) init(conn net.Conn) bool {
 		return false
 	}
 	var err error
-	s.conn, err = c.SyscallConn()
+	if s.conn, err = c.SyscallConn(); err != nil {
+		return false
+	}
 	if a, ok := c.LocalAddr().(*net.UDPAddr); ok {
 		s.ip6 = a.IP.To4() == nil
 	}
-	return err == nil
+	s.conn.Control(func(fd uintptr) { s.segments = canSegment(int(fd)) })
+	return true
 }
 
 // sending is one call of send. It is pooled because its method would escape anew

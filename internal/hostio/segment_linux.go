@@ -6,9 +6,14 @@ import (
 	"unsafe"
 )
 
-// canSegment says that the kernel may be asked to cut datagrams (udp(7),
-// UDP_SEGMENT): since Linux 4.18.
-const canSegment = true
+// canSegment reports whether the kernel can be asked to cut datagrams (udp(7),
+// UDP_SEGMENT): since Linux 4.18. One that cannot does not refuse it: it sends all of
+// them as one datagram, because it passes over the control messages that it does not
+// know.
+func canSegment(fd int) bool {
+	_, err := syscall.GetsockoptInt(fd, syscall.IPPROTO_UDP, udpSegment)
+	return err == nil
+}
 
 // udpSegment is UDP_SEGMENT of linux/udp.h.
 const udpSegment = 103

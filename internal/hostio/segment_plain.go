@@ -2,7 +2,7 @@
 
 package hostio
 
-// canSegment says that no system call of this system sends several datagrams.
-const canSegment = false
+// canSegment reports that no system call of this system sends several datagrams.
+func canSegment(int) bool { return false }
 
 func appendSegmentSize([]byte, int) []byte { panic("unreachable") }
