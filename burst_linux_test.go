@@ -3,48 +3,9 @@ package slirp
 import (
 	"context"
 	"net"
-	"net/netip"
-	"runtime"
 	"syscall"
 	"testing"
 )
-
-// burstRig is a guest with a flow to each of two servers, whose sockets are there and
-// have nothing to do.
-func burstRig(t *testing.T, fam family, cfg Config) (g *udpGuest, flows [2]*udpFlow, servers [2]*net.UDPConn, to [2]netip.AddrPort) {
-	t.Helper()
-	s, err := NewWithConfig(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { s.Close() })
-	for i := range servers {
-		servers[i], to[i] = udpServer(t, fam, 0)
-	}
-	g = newUDPGuest(newMachine(t, s), fam.guest, to[0])
-	for i := range servers {
-		g.mustSend(udpPacket(g.from, to[i], []byte("first")))
-		expectDatagram(t, servers[i], "first")
-		key := flowKey{guest: ipAddrFrom(g.from.Addr()), host: ipAddrFrom(to[i].Addr()), proto: protoUDP, version: uint16(fam.version),
-			guestPort: g.from.Port(), hostPort: to[i].Port()}
-		f := s.lookupUDP(&key)
-		flows[i] = f
-		for ready := false; !ready; runtime.Gosched() {
-			f.mu.Lock()
-			ready = f.sender != nil && !f.pumping
-			f.mu.Unlock()
-		}
-	}
-	return g, flows, servers, to
-}
-
-func expectDatagram(t *testing.T, server *net.UDPConn, want string) {
-	t.Helper()
-	buf := make([]byte, 1<<16)
-	if n, _, err := server.ReadFromUDPAddrPort(buf); err != nil || string(buf[:n]) != want {
-		t.Fatalf("got %.40q, %v, want %.40q", buf[:n], err, want)
-	}
-}
 
 // TestUDPBurstBeforeQueue: while what has waited for Allow of another destination is
 // written to the host, datagrams go through the queue. Those that came before are

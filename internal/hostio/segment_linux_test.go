@@ -79,17 +79,7 @@ func setsockopt(c *net.UDPConn, level, option int) bool {
 
 // TestSendSegmentsRefused: a socket that may not send several at once sends none.
 func TestSendSegmentsRefused(t *testing.T) {
-	server, err := net.ListenPacket("udp4", "127.0.0.1:0")
-	if err != nil {
-		t.Skip(err)
-	}
-	defer server.Close()
-	server.SetDeadline(time.Now().Add(20 * time.Second))
-	client, err := net.Dial("udp4", server.LocalAddr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
+	server, client := pair(t)
 	const noCheck = 11 // SO_NO_CHECK: checksums cannot be left out of some
 	if !setsockopt(client.(*net.UDPConn), syscall.SOL_SOCKET, noCheck) {
 		t.Skip("no SO_NO_CHECK")

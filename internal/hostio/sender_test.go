@@ -9,18 +9,25 @@ import (
 	"time"
 )
 
-func TestSender(t *testing.T) {
+// pair returns a socket, and one that is connected to it.
+func pair(t *testing.T) (server *net.UDPConn, client net.Conn) {
+	t.Helper()
 	server, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
 		t.Skip(err)
 	}
-	defer server.Close()
+	t.Cleanup(func() { server.Close() })
 	server.SetDeadline(time.Now().Add(20 * time.Second))
-	conn, err := net.Dial("udp", server.LocalAddr().String())
+	client, err = net.Dial("udp", server.LocalAddr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close()
+	t.Cleanup(func() { client.Close() })
+	return server, client
+}
+
+func TestSender(t *testing.T) {
+	server, conn := pair(t)
 	s := NewSender(conn)
 	if s == nil {
 		t.Skip("not to be had here")
