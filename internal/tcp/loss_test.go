@@ -898,3 +898,35 @@ func TestT148PathMTUStates(t *testing.T) {
 		t.Errorf("segments of %d bytes", h.snd.mss)
 	}
 }
+
+// TestS07NoAllocation: ACKs with blocks anywhere in what is in flight cost no memory,
+// each of them or all of them together.
+func TestS07NoAllocation(t *testing.T) {
+	h := established(t, "<mss 48,sackOK>")
+	h.silent = true
+	const n = 4000
+	h.reno.cwnd, h.snd.wnd = n, n
+	h.write(n)
+	h.drain()
+	if h.snd.nxt-h.snd.una < n/2 {
+		t.Fatalf("%d bytes in flight", h.snd.nxt-h.snd.una)
+	}
+	rnd := rand.New(rand.NewPCG(7, 7))
+	seg := Segment{SrcPort: 2, DstPort: 1, Seq: hIRS + uint32(h.rcv.nxt), Ack: hISS + uint32(h.snd.una), Flags: ACK, Window: n, Blocks: maxBlocks}
+	ack := func() {
+		for i := range seg.SACK {
+			at := seg.Ack + 1 + uint32(rnd.IntN(int(h.snd.nxt-h.snd.una)-2))
+			seg.SACK[i] = Block{at, at + 1}
+		}
+		h.Input(h.now, &seg)
+	}
+	for range 1000 { // the scoreboard has its size then
+		ack()
+	}
+	if allocs := testing.AllocsPerRun(1000, ack); allocs > 0 {
+		t.Errorf("%v allocations for each ACK", allocs)
+	}
+	if n := len(h.loss.sacked); n != maxSacked {
+		t.Errorf("%d spans on the scoreboard, want %d", n, maxSacked)
+	}
+}
