@@ -101,7 +101,7 @@ func (r *rawReader) try(owner *Reader, fd uintptr) bool {
 // receive reads once.
 func (r *Reader) receive(fd int, p []byte) (n int, err error) {
 	if r.packet == nil {
-		return syscall.Read(fd, p)
+		return receive(fd, p)
 	}
 	n, from, err := syscall.Recvfrom(fd, p, 0)
 	r.from = netip.AddrPort{}
@@ -192,7 +192,7 @@ func (w *sending) write(fd uintptr) bool {
 		if len(w.oob) > 0 {
 			w.err = syscall.Sendmsg(int(fd), w.p, w.oob, w.to, 0)
 		} else if w.to == nil {
-			_, w.err = syscall.Write(int(fd), w.p)
+			_, w.err = send(int(fd), w.p)
 		} else {
 			w.err = syscall.Sendto(int(fd), w.p, 0, w.to)
 		}
@@ -247,7 +247,7 @@ func (w rawWriter) write(p []byte) (int, error) {
 // write writes once. It is always done: RawConn would wait otherwise.
 func (c *writing) write(fd uintptr) bool {
 	for {
-		n, err := syscall.Write(int(fd), c.p)
+		n, err := send(int(fd), c.p)
 		switch err {
 		case nil:
 			c.n = n
