@@ -124,18 +124,14 @@ type link struct {
 // there are at a time make one call of HandlePackets: the stack then answers them
 // together.
 func (l *link) serve() error {
-	for {
-		frames, err := l.dev.read()
-		if err != nil {
-			return err
-		}
+	return l.dev.each(func(frames [][]byte) {
 		for _, frame := range frames {
 			if len(frame) >= l.front+etherHeaderLen && !l.lose() {
 				l.receive(frame[l.front:])
 			}
 		}
 		l.handle()
-	}
+	})
 }
 
 // receive takes a frame of the guest. What the virtio_net_hdr has said of it is of no

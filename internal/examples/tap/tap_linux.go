@@ -21,13 +21,12 @@ const (
 
 // device is a TAP device. Each read and each write of it is one frame.
 type device struct {
-	fd  int
-	raw syscall.RawConn // of fd, to wait for frames
+	fd     int
+	raw    syscall.RawConn // of fd, to wait for frames
+	others *others
 
 	buf    []byte
 	frames [][]byte // in buf
-	try    func(fd uintptr) bool
-	err    error
 }
 
 const (
@@ -58,9 +57,41 @@ func openTAP(ns, name string, vnet bool) (*device, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &device{fd: fd, raw: raw, buf: make([]byte, 4*longest)}
-	d.try = d.readSome
-	return d, nil
+	others, err := newOthers()
+	if err != nil {
+		return nil, err
+	}
+	return &device{fd: fd, raw: raw, others: others, buf: make([]byte, 4*longest)}, nil
+}
+
+// others lets other goroutines run, those too that wait for descriptors: the scheduler
+// looks at these only when there is nothing left to run. So this waits for a descriptor
+// as well, which is ready at once.
+type others struct {
+	fd  uintptr // an eventfd(2)
+	raw syscall.RawConn
+}
+
+func newOthers() (*others, error) {
+	fd, _, errno := syscall.Syscall(syscall.SYS_EVENTFD2, 0, syscall.O_CLOEXEC|syscall.O_NONBLOCK, 0)
+	if errno != 0 {
+		return nil, os.NewSyscallError("eventfd2", errno)
+	}
+	raw, err := os.NewFile(fd, "eventfd").SyscallConn()
+	return &others{fd, raw}, err
+}
+
+func (o *others) run() {
+	ready := false
+	o.raw.Read(func(uintptr) bool {
+		if !ready {
+			one := uint64(1)
+			syscall.RawSyscall(syscall.SYS_WRITE, o.fd, uintptr(unsafe.Pointer(&one)), 8)
+			ready = true
+			return false
+		}
+		return true
+	})
 }
 
 // setns is the number of the system call, which package syscall does not have.
@@ -127,42 +158,74 @@ func ioctl(name string, fd int, request, arg uintptr) error {
 	return nil
 }
 
-// read waits for frames, and returns those that there are, in memory that the next
-// read uses again.
-func (d *device) read() ([][]byte, error) {
-	d.frames, d.err = d.frames[:0], nil
-	if err := d.raw.Read(d.try); err != nil {
-		return nil, err
+// turn is how long a device that never runs empty keeps a processor for itself.
+const turn = time.Millisecond
+
+// each calls f with the frames that there are, again and again, until the device fails.
+// Their memory is used again then.
+func (d *device) each(f func(frames [][]byte)) error {
+	var failed error
+	err := d.raw.Read(func(uintptr) (done bool) {
+		for since := time.Now(); ; {
+			if time.Since(since) > turn {
+				d.others.run()
+				since = time.Now()
+			}
+			empty, err := d.read()
+			if len(d.frames) > 0 {
+				f(d.frames)
+			}
+			// Frames that came since it was empty end the wait at once.
+			if empty || err != nil {
+				failed = err
+				return err != nil
+			}
+		}
+	})
+	if err != nil {
+		return err
 	}
-	return d.frames, d.err
+	return failed
 }
 
-// readSome reads frames, and reports false if there are none.
-func (d *device) readSome(fd uintptr) bool {
+// read reads frames, and reports whether there are no more.
+func (d *device) read() (empty bool, err error) {
+	d.frames = d.frames[:0]
 	for free := d.buf; len(d.frames) < batch && len(free) >= longest; {
-		n, err := syscall.Read(int(fd), free)
-		switch err {
-		case nil:
+		n, errno := d.call(syscall.SYS_READ, free)
+		switch errno {
+		case 0:
 			d.frames = append(d.frames, free[:n:n])
 			free = free[n:]
 		case syscall.EINTR:
 		case syscall.EAGAIN:
-			return len(d.frames) > 0
+			return true, nil
 		default:
-			d.err = err
-			return true
+			return false, errno
 		}
 	}
-	return true
+	return false, nil
 }
 
 // write writes a frame. It may be called concurrently.
 func (d *device) write(frame []byte) error {
 	for {
-		if _, err := syscall.Write(d.fd, frame); err != syscall.EINTR {
-			return err
+		switch _, errno := d.call(syscall.SYS_WRITE, frame); errno {
+		case 0:
+			return nil
+		case syscall.EINTR:
+		default:
+			return errno
 		}
 	}
+}
+
+// call reads or writes a frame. The descriptor is in non-blocking mode: to tell the
+// scheduler, as package syscall does, of a call that may take long would cost more than
+// the call.
+func (d *device) call(number uintptr, p []byte) (n int, errno syscall.Errno) {
+	r, _, errno := syscall.RawSyscall(number, uintptr(d.fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)))
+	return int(r), errno
 }
 
 // usage says what the program has cost.

@@ -14,7 +14,7 @@ var errNoTAP = errors.New("needs a TAP device of Linux, which " + runtime.GOOS +
 
 func openTAP(ns, name string, vnet bool) (*device, error) { return nil, errNoTAP }
 
-func (d *device) read() ([][]byte, error) { return nil, errNoTAP }
+func (d *device) each(func([][]byte)) error { return errNoTAP }
 
 func (d *device) write(frame []byte) error { return errNoTAP }
 
