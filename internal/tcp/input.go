@@ -560,7 +560,7 @@ func (t *TCB) takeData(now time.Time, off int64, p []byte, push bool) {
 	} else if t.rcv.quick > 0 && int64(len(p)) == t.rcv.mss {
 		t.ackDue = true
 		t.rcv.quick--
-	} else if at := t.moment(now.Add(t.delack())); !t.armed(timerDelack) || at < t.timers[timerDelack] {
+	} else if at := t.in(t.delack(), now); !t.armed(timerDelack) || at < t.timers[timerDelack] {
 		t.timers[timerDelack] = at
 	}
 	if t.discard {

@@ -380,7 +380,7 @@ func (t *TCB) guardOutstanding(now time.Time) {
 		if t.usableWindow() > 0 {
 			d = overrideTime
 		}
-		if !t.armed(timerPersist) || t.usableWindow() > 0 && t.timers[timerPersist] > t.moment(now.Add(d)) {
+		if !t.armed(timerPersist) || t.usableWindow() > 0 && t.timers[timerPersist] > t.in(d, now) {
 			t.arm(timerPersist, now, d)
 		}
 		return

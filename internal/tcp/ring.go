@@ -62,6 +62,7 @@ type ring struct {
 	// lent is set while the owner's user reads or writes the memory outside
 	// the owner's lock; memory given up meanwhile is left to the collector.
 	lent    bool
+	origin  int64   // the offset that lies at the front of mem
 	account *Memory // that mem is part of
 	least   int64   // size that needs nobody's leave, a power of two, or 0
 	// used is how many offsets there was room made for at once since the ring was
@@ -69,8 +70,9 @@ type ring struct {
 	used, hint int64
 }
 
-// maxHint bounds the memory that an empty ring starts with.
-const maxHint = 64 << 10
+// maxHint bounds the memory that an empty ring starts with: twice what is written to a
+// host at a time, which may be a segment more than the half.
+const maxHint = 128 << 10
 
 func (r *ring) size() int64 {
 	if r.mem == nil {
@@ -102,7 +104,7 @@ func (r *ring) grow(n int64, live span) bool {
 		n = min(max(n, r.hint), most) // what came last time is about to come again
 	}
 	class := max(minRingBits, bits.Len64(uint64(n-1)))
-	next := ring{}
+	next := ring{origin: live.start}
 	if p, ok := ringPools[class].Get().(*[]byte); ok {
 		next.mem = p
 	} else {
@@ -115,13 +117,16 @@ func (r *ring) grow(n int64, live span) bool {
 		live.start += int64(len(s))
 	}
 	r.free()
-	r.mem = next.mem
+	r.mem, r.origin = next.mem, next.origin
 	r.account.take(r.size())
 	return true
 }
 
 // release gives the memory back: the ring is empty.
 func (r *ring) release() {
+	if r.mem == nil {
+		return // it is empty already
+	}
 	r.free()
 	r.hint, r.used = min(r.used, maxHint), 0
 }
@@ -148,7 +153,7 @@ func (r *ring) view(start, end int64) []byte {
 		return nil
 	}
 	m := *r.mem
-	i := start & int64(len(m)-1)
+	i := (start - r.origin) & int64(len(m)-1)
 	return m[i:min(int64(len(m)), i+end-start)]
 }
 

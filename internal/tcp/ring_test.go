@@ -88,3 +88,38 @@ func TestRingLent(t *testing.T) {
 	}
 	t.Error("memory never goes back to the pool")
 }
+
+// What was taken once is about to come again: an empty ring begins with the size that
+// it had, and at the front of its memory, so that one write to a socket takes all of it.
+func TestRingBeginsAnew(t *testing.T) {
+	var r ring
+	start := int64(1<<33 + 4000)
+	for i, size := range []int64{4 << 10, 64 << 10, 64 << 10} { // before, and after it was filled
+		live := span{start, start + 1000}
+		r.grow(1000, span{start, start})
+		if r.size() != size {
+			t.Errorf("turn %d: it begins with %d bytes, want %d", i, r.size(), size)
+		}
+		r.grow(40000, live)
+		live.end = start + 40000
+		if n := len(r.view(live.start, live.end)); n != 40000 {
+			t.Errorf("turn %d: the first %d bytes lie together, want all 40000", i, n)
+		}
+		start = live.end
+		r.release()
+		r.release() // more than once says nothing new
+	}
+	for i, size := range []int64{64 << 10, 4 << 10, 4 << 10} { // after 40,000 bytes, and after 1
+		r.grow(1, span{start, start})
+		if r.size() != size {
+			t.Errorf("small turn %d: it begins with %d bytes, want %d", i, r.size(), size)
+		}
+		r.release()
+	}
+	r.grow(10*maxHint, span{start, start})
+	r.release()
+	r.grow(1, span{start, start})
+	if r.size() != maxHint {
+		t.Errorf("after much more than maxHint it begins with %d bytes", r.size())
+	}
+}

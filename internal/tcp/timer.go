@@ -56,7 +56,10 @@ type moment time.Duration
 
 func (t *TCB) moment(at time.Time) moment { return max(1, moment(at.Sub(t.start))) }
 
-func (t *TCB) arm(i timer, now time.Time, d time.Duration) { t.timers[i] = t.moment(now.Add(d)) }
+// in returns the moment that is d from now.
+func (t *TCB) in(d time.Duration, now time.Time) moment { return max(1, moment(now.Sub(t.start)+d)) }
+
+func (t *TCB) arm(i timer, now time.Time, d time.Duration) { t.timers[i] = t.in(d, now) }
 func (t *TCB) disarm(i timer)                              { t.timers[i] = 0 }
 func (t *TCB) armed(i timer) bool                          { return t.timers[i] != 0 }
 
@@ -175,7 +178,7 @@ func (t *TCB) armTail(now time.Time) {
 	if (lone || l.phase != phaseOpen || l.tailEnd != 0 || l.probes > 0) && d > t.rtt.rto/4 {
 		return
 	}
-	if at := t.moment(now.Add(d)); at < t.timers[timerRexmt] {
+	if at := t.in(d, now); at < t.timers[timerRexmt] {
 		t.timers[timerTail] = at
 	}
 }
