@@ -61,7 +61,7 @@ func openTAP(ns, name string, vnet bool) (*device, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &device{fd: fd, raw: raw, others: others, buf: make([]byte, 4*longest)}, nil
+	return &device{fd: fd, raw: raw, others: others, buf: make([]byte, 16*longest)}, nil
 }
 
 // others lets other goroutines run, those too that wait for descriptors: the scheduler
