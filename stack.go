@@ -442,6 +442,7 @@ func (s *Stack) HandlePacket(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte
 func (s *Stack) HandlePackets(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte, packets [][]byte, w BatchWriter) (first error) {
 	l := &link{guest: clientMAC, gw: gwMAC, batch: w, ns: namespace, virtio: s.cfg.VirtioNetHeader}
 	t := turns.Get().(*turn)
+	t.began = time.Now()
 	for _, packet := range packets {
 		if err := s.handlePacket(packet, l, t); err != nil && first == nil {
 			first = err
@@ -457,11 +458,20 @@ func (s *Stack) HandlePackets(namespace uintptr, clientMAC [6]byte, gwMAC [6]byt
 // turn is a call of HandlePackets: the flows that have taken segments in it, and
 // answer when it ends, and the datagrams that go to the host together.
 type turn struct {
+	began time.Time
 	flows []*tcpConn
 	burst burst
 }
 
 var turns = sync.Pool{New: func() any { return new(turn) }}
+
+// now returns the time for a packet. Those of a turn have come together.
+func (t *turn) now() time.Time {
+	if t == nil {
+		return time.Now()
+	}
+	return t.began
+}
 
 // defers reports whether c, which has just taken a segment, answers at the end of
 // the turn. What is urgent does not wait: a sender counts the ACKs that say the same

@@ -72,7 +72,7 @@ func (s *Stack) handleUDP(p *ipPacket, l *link, t *turn) error {
 		s.count(dropAddress)
 		return nil
 	}
-	now := time.Now()
+	now := t.now()
 	data := datagram[udpHeaderLen:]
 	for {
 		if f := s.lookupUDP(&key); f != nil {
