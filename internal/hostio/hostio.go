@@ -72,7 +72,8 @@ func NewPacketReader(conn net.PacketConn, lend func() []byte, giveUp func()) *Re
 func (r *Reader) From() netip.AddrPort { return r.from }
 
 // Read waits until there is something to read, and reads it into memory that
-// lend has returned: the first n bytes of it are valid, and the loan goes on.
+// lend has returned: the first n bytes of it are valid, and the loan goes on. If it is
+// known by then that the stream has ended, or failed, behind them, the error says so.
 func (r *Reader) Read() (n int, err error) {
 	if r.raw.ok() {
 		return r.raw.read()

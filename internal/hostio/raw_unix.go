@@ -85,14 +85,21 @@ func (r *rawReader) try(owner *Reader, fd uintptr) bool {
 		case err == syscall.EINTR:
 			continue
 		case err == syscall.EAGAIN:
+			if r.n > 0 {
+				return true
+			}
 			owner.giveUp()
 			return false
 		case err != nil:
 			r.err = err
 		case n == 0 && !r.datagram:
 			r.err = io.EOF
+		case r.n == 0 && !r.datagram && n < len(p):
+			// There is most likely no more, but what ends the stream may be behind it.
+			r.n, p = n, p[n:]
+			continue
 		default:
-			r.n = n
+			r.n += n
 		}
 		return true
 	}

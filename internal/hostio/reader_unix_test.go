@@ -1,0 +1,68 @@
+//go:build unix
+
+package hostio
+
+import (
+	"io"
+	"net"
+	"os"
+	"syscall"
+	"testing"
+)
+
+// streams returns the two ends of a stream, on which nothing is ever on its way.
+func streams(t *testing.T) (a, b net.Conn) {
+	t.Helper()
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
+	if err != nil {
+		t.Skip(err)
+	}
+	var ends [2]net.Conn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "stream")
+		ends[i], err = net.FileConn(f)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { ends[i].Close() })
+	}
+	return ends[0], ends[1]
+}
+
+// A read that is not filled has the end that is behind the bytes with them: the guest
+// gets both as one segment.
+func TestReaderEnd(t *testing.T) {
+	for _, c := range []struct {
+		name, sent string
+		end        bool
+		reads      []string
+	}{
+		{"bytes", "hello", false, []string{"hello"}},
+		{"end", "", true, []string{"!"}},
+		{"bytes and end", "hello", true, []string{"hello!", "!"}},
+		{"as many as there is room for, and end", "0123456789", true, []string{"0123456789", "!"}},
+		{"more than there is room for, and end", "0123456789ab", true, []string{"0123456789", "ab!"}},
+	} {
+		a, b := streams(t)
+		given := false
+		buf := make([]byte, 10)
+		r := NewReader(a, func() []byte { given = true; return buf }, func() { given = false })
+		b.Write([]byte(c.sent))
+		if c.end {
+			b.Close()
+		}
+		for _, want := range c.reads {
+			n, err := r.Read()
+			got := string(buf[:n])
+			if err == io.EOF {
+				got += "!"
+			} else if err != nil {
+				t.Errorf("%s: %v", c.name, err)
+			}
+			if got != want || !given {
+				t.Errorf("%s: a read is %q, want %q", c.name, got, want)
+			}
+		}
+	}
+}
