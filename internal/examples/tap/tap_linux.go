@@ -23,6 +23,7 @@ const (
 type device struct {
 	fd     int
 	raw    syscall.RawConn // of fd, to wait for frames
+	poll   time.Duration   // how long it is awake for after frames
 	others *others
 
 	buf    []byte
@@ -35,7 +36,7 @@ const (
 )
 
 // openTAP makes a TAP device in a network namespace. It goes when the program ends.
-func openTAP(ns, name string, vnet bool) (*device, error) {
+func openTAP(ns, name string, vnet bool, poll time.Duration) (*device, error) {
 	var fd int
 	var err error
 	done := make(chan struct{})
@@ -61,7 +62,7 @@ func openTAP(ns, name string, vnet bool) (*device, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &device{fd: fd, raw: raw, others: others, buf: make([]byte, 16*longest)}, nil
+	return &device{fd: fd, raw: raw, poll: poll, others: others, buf: make([]byte, 16*longest)}, nil
 }
 
 // others lets other goroutines run, those too that wait for descriptors: the scheduler
@@ -84,13 +85,13 @@ func newOthers() (*others, error) {
 func (o *others) run() {
 	ready := false
 	o.raw.Read(func(uintptr) bool {
-		if !ready {
-			one := uint64(1)
-			syscall.RawSyscall(syscall.SYS_WRITE, o.fd, uintptr(unsafe.Pointer(&one)), 8)
-			ready = true
-			return false
+		if ready {
+			return true
 		}
-		return true
+		ready = true
+		one := uint64(1)
+		_, _, errno := syscall.RawSyscall(syscall.SYS_WRITE, o.fd, uintptr(unsafe.Pointer(&one)), unsafe.Sizeof(one))
+		return errno != 0
 	})
 }
 
@@ -162,23 +163,28 @@ func ioctl(name string, fd int, request, arg uintptr) error {
 const turn = time.Millisecond
 
 // each calls f with the frames that there are, again and again, until the device fails.
-// Their memory is used again then.
+// Their memory is used again then. Frames are often answered at once, and to go to sleep
+// and be woken takes longer than to wait for that: so it does not sleep before nothing has
+// come for as long as poll. (KVM has halt_poll_ns for that, vhost busyloop-timeout.)
 func (d *device) each(f func(frames [][]byte)) error {
 	var failed error
 	err := d.raw.Read(func(uintptr) (done bool) {
-		for since := time.Now(); ; {
-			if time.Since(since) > turn {
-				d.others.run()
-				since = time.Now()
-			}
+		last := time.Now() // when there were frames, or a sign of them
+		for yielded := last; ; {
 			empty, err := d.read()
 			if len(d.frames) > 0 {
 				f(d.frames)
+				last = time.Now()
 			}
-			// Frames that came since it was empty end the wait at once.
-			if empty || err != nil {
+			switch {
+			case err != nil:
 				failed = err
-				return err != nil
+				return true
+			case empty && time.Since(last) >= d.poll:
+				return false // frames that have come meanwhile end the wait at once
+			case empty || time.Since(yielded) >= turn:
+				d.others.run()
+				yielded = time.Now()
 			}
 		}
 	})

@@ -5,6 +5,7 @@ package main
 import (
 	"errors"
 	"runtime"
+	"time"
 )
 
 // device stands for the TAP device of Linux.
@@ -12,7 +13,7 @@ type device struct{}
 
 var errNoTAP = errors.New("needs a TAP device of Linux, which " + runtime.GOOS + " has not")
 
-func openTAP(ns, name string, vnet bool) (*device, error) { return nil, errNoTAP }
+func openTAP(ns, name string, vnet bool, poll time.Duration) (*device, error) { return nil, errNoTAP }
 
 func (d *device) each(func([][]byte)) error { return errNoTAP }
 
