@@ -53,7 +53,7 @@ func main() {
 	vnet := flag.Bool("vnet", false, "let packets of up to 64 KiB pass, and leave checksums to the kernel")
 	drop := flag.Float64("drop", 0, "`probability` of losing a frame, each way")
 	procs := flag.Int("procs", 1, "processors to use at a time, `n`; 0: as many as there are")
-	poll := flag.Duration("poll", defaultPoll(), "`time` to stay awake for after each frame; 0 takes less of a processor, and answers later")
+	poll := flag.Duration("poll", defaultPoll(), "`time` to stay awake for after each frame of the guest; 0 takes less of a processor, and answers later")
 	profile := flag.String("cpuprofile", "", "write a CPU profile to `file`")
 	flag.Parse()
 	if *procs < 0 {
