@@ -32,6 +32,7 @@ var errnos = []struct {
 type rawReader struct {
 	conn     syscall.RawConn
 	datagram bool // an empty read is no end
+	stream   bool // what two reads return is the same as what one would
 	attempt  func(fd uintptr) bool
 	n        int
 	err      error
@@ -47,9 +48,12 @@ func (r *rawReader) init(owner *Reader) {
 	}
 	switch c := conn.(type) {
 	case *net.TCPConn:
+		r.stream = true
 		r.conn, err = c.SyscallConn()
 	case *net.UnixConn:
 		if owner.packet == nil {
+			a, _ := c.LocalAddr().(*net.UnixAddr)
+			r.stream = a != nil && a.Net == "unix" // others have messages
 			r.conn, err = c.SyscallConn()
 		}
 	case *net.UDPConn:
@@ -94,7 +98,7 @@ func (r *rawReader) try(owner *Reader, fd uintptr) bool {
 			r.err = err
 		case n == 0 && !r.datagram:
 			r.err = io.EOF
-		case r.n == 0 && !r.datagram && n < len(p):
+		case r.n == 0 && r.stream && n < len(p):
 			// There is most likely no more, but what ends the stream may be behind it.
 			r.n, p = n, p[n:]
 			continue

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
 	"syscall"
 	"testing"
 )
@@ -62,6 +63,42 @@ func TestReaderEnd(t *testing.T) {
 			}
 			if got != want || !given {
 				t.Errorf("%s: a read is %q, want %q", c.name, got, want)
+			}
+		}
+	}
+}
+
+// A Unix socket may have messages too: each read is one of them, whole.
+func TestReaderMessages(t *testing.T) {
+	for _, kind := range []int{syscall.SOCK_DGRAM, syscall.SOCK_SEQPACKET} {
+		fds, err := syscall.Socketpair(syscall.AF_UNIX, kind, 0)
+		if err != nil {
+			t.Log(err)
+			continue
+		}
+		var ends [2]net.Conn
+		for i, fd := range fds {
+			f := os.NewFile(uintptr(fd), "messages")
+			if ends[i], err = net.FileConn(f); err != nil {
+				t.Fatal(err)
+			}
+			f.Close()
+			defer ends[i].Close()
+		}
+		name := ends[0].LocalAddr().Network()
+		buf := make([]byte, 1000)
+		r := NewReader(ends[0], func() []byte { return buf }, func() {})
+		long := strings.Repeat("x", 900)
+		for _, m := range []string{"one", "two", long, long} {
+			ends[1].Write([]byte(m))
+		}
+		for _, want := range []string{"one", "two", long, long} {
+			n, err := r.Read()
+			if got := string(buf[:n]); got != want || err != nil && err != io.EOF {
+				t.Errorf("%s: a read is %d bytes, %v, want the message of %d", name, n, err, len(want))
+			}
+			if n > len(want) {
+				break // the next read would wait for ever
 			}
 		}
 	}

@@ -1,6 +1,9 @@
 package tcp
 
-import "time"
+import (
+	"math"
+	"time"
+)
 
 // Timers: retransmission (RFC 6298 section 5), zero-window probes (RFC 9293
 // section 3.8.6.1), delayed ACK (3.8.6.3), keep-alive (3.8.4), reordering and
@@ -56,8 +59,11 @@ type moment time.Duration
 
 func (t *TCB) moment(at time.Time) moment { return max(1, moment(at.Sub(t.start))) }
 
-// in returns the moment that is d from now.
-func (t *TCB) in(d time.Duration, now time.Time) moment { return max(1, moment(now.Sub(t.start)+d)) }
+// in returns the moment that is d from now, or the last one there is.
+func (t *TCB) in(d time.Duration, now time.Time) moment {
+	at := max(0, now.Sub(t.start))
+	return max(1, moment(at+min(d, math.MaxInt64-at)))
+}
 
 func (t *TCB) arm(i timer, now time.Time, d time.Duration) { t.timers[i] = t.in(d, now) }
 func (t *TCB) disarm(i timer)                              { t.timers[i] = 0 }

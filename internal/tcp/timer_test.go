@@ -2,6 +2,7 @@ package tcp
 
 import (
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"testing"
@@ -396,5 +397,17 @@ func TestAtRest(t *testing.T) {
 	h.expect()
 	if h.recvBuf.ring.size() != 0 || h.sendBuf.ring.size() != 0 {
 		t.Error("an idle connection holds memory")
+	}
+}
+
+// A time that is longer than a Duration can tell from the beginning of the connection
+// is never, and not now.
+func TestKeepAliveForever(t *testing.T) {
+	h := established(t, plain, keepAlive(math.MaxInt64, 5*sec, 3))
+	h.now = h.now.Add(sec)
+	h.in(". 1 ack 1 win 65535")
+	h.drain()
+	if d := h.TCB.Deadline(); !d.IsZero() && d.Sub(h.now) < 365*24*time.Hour {
+		t.Errorf("a timer runs out in %v", d.Sub(h.now))
 	}
 }
