@@ -442,15 +442,19 @@ func (s *Stack) HandlePacket(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte
 func (s *Stack) HandlePackets(namespace uintptr, clientMAC [6]byte, gwMAC [6]byte, packets [][]byte, w BatchWriter) (first error) {
 	l := &link{guest: clientMAC, gw: gwMAC, batch: w, ns: namespace, virtio: s.cfg.VirtioNetHeader}
 	t := turns.Get().(*turn)
-	t.began = time.Now()
 	for _, packet := range packets {
+		t.silent = false
 		if err := s.handlePacket(packet, l, t); err != nil && first == nil {
 			first = err
+		}
+		if !t.silent {
+			t.time = time.Time{}
 		}
 	}
 	if err := t.end(); err != nil && first == nil {
 		first = err
 	}
+	t.time = time.Time{}
 	turns.Put(t)
 	return first
 }
@@ -458,19 +462,24 @@ func (s *Stack) HandlePackets(namespace uintptr, clientMAC [6]byte, gwMAC [6]byt
 // turn is a call of HandlePackets: the flows that have taken segments in it, and
 // answer when it ends, and the datagrams that go to the host together.
 type turn struct {
-	began time.Time
-	flows []*tcpConn
-	burst burst
+	flows  []*tcpConn
+	burst  burst
+	time   time.Time // of the packets at hand; zero: not known
+	silent bool      // the packet at hand waits for the end, so no Writer was called for it
 }
 
 var turns = sync.Pool{New: func() any { return new(turn) }}
 
-// now returns the time for a packet. Those of a turn have come together.
+// now returns the time for a packet. Those of a turn have come together, but a Writer
+// that is called between them may take any time.
 func (t *turn) now() time.Time {
 	if t == nil {
 		return time.Now()
 	}
-	return t.began
+	if t.time.IsZero() {
+		t.time = time.Now()
+	}
+	return t.time
 }
 
 // defers reports whether c, which has just taken a segment, answers at the end of
@@ -480,6 +489,7 @@ func (t *turn) defers(c *tcpConn) bool {
 	if t == nil || c.tcb.Urgent() {
 		return false
 	}
+	t.silent = true
 	if c.turn != t {
 		c.turn = t
 		t.flows = append(t.flows, c)

@@ -284,6 +284,8 @@ func (f *udpFlow) handle(now time.Time, key *flowKey, data []byte, p *ipPacket, 
 		// This datagram takes another way: those before it must not come behind it.
 		f.mu.Unlock()
 		err = t.burst.send()
+		t.time = time.Time{}
+		now = t.now()
 		f.mu.Lock()
 	}
 	if f.gone {
@@ -317,6 +319,7 @@ func (f *udpFlow) handle(now time.Time, key *flowKey, data []byte, p *ipPacket, 
 		f.mapping.begin(begin)
 	case direct && t != nil:
 		d.quote = front
+		t.silent = t.burst.f == nil || t.burst.fits(f, &d)
 		if e := t.burst.add(f, &d); err == nil {
 			err = e
 		}
