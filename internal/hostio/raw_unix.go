@@ -76,7 +76,7 @@ func (r *rawReader) read() (int, error) {
 	return r.n, r.err
 }
 
-// try reads once, and reports false if it has to wait.
+// try reads what there is, and reports false if it has to wait.
 func (r *rawReader) try(owner *Reader, fd uintptr) bool {
 	p := owner.lend()
 	if len(p) == 0 {
