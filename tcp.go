@@ -544,7 +544,7 @@ func (c *tcpConn) toDeliver(now time.Time) bool {
 	return true
 }
 
-// maxDeliver is about what deliver writes: other goroutines may bring more meanwhile.
+// maxDeliver bounds what deliver writes: other goroutines may bring more meanwhile.
 const maxDeliver = 256 << 10
 
 // deliver writes the bytes of the guest to the host: here, as far as that does not
@@ -556,6 +556,7 @@ func (c *tcpConn) deliver() {
 			c.stack.goroutines.Done()
 			return
 		}
+		p = p[:min(len(p), left)]
 		n, err := c.out.Write(p)
 		c.wrote(n, err)
 		left -= max(n, maxDeliver/64) // many crumbs cost as much

@@ -10,7 +10,8 @@ import (
 // The calls that every segment and datagram needs cannot wait, whatever the mode of the
 // descriptor, so they are made without a word to the scheduler. It would prepare for a
 // wait, and wake the thread that watches over those if nothing has run for a moment:
-// more than the call itself takes. (The race detector has to hear of them.)
+// more than the call itself takes. The price is that the garbage collector, where it stops
+// the world, waits for the end of a call. (The race detector has to hear of them.)
 
 // receive reads from a socket what there is now.
 func receive(fd int, p []byte) (int, error) {

@@ -70,8 +70,8 @@ type ring struct {
 	used, hint int64
 }
 
-// maxHint bounds the memory that an empty ring starts with: twice what is written to a
-// host at a time, which may be a segment more than the half.
+// maxHint bounds the memory that an empty ring starts with. 64 KiB and the segment that
+// fills them, which is when they are written to a host, fit into it.
 const maxHint = 128 << 10
 
 func (r *ring) size() int64 {
