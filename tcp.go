@@ -241,7 +241,7 @@ func (c *tcpConn) run(ctx context.Context) {
 		c.refuse(answerTo(err))
 		return
 	}
-	c.opening, c.host, c.out = nil, host, hostio.NewWriter(host)
+	c.opening, c.host, c.stream = nil, host, hostio.NewStream(host)
 	c.tcb = tcp.NewPassive(cfg, now, &o.syn)
 	c.tcb.UseMemory(c.memory)
 	c.flush(now)
@@ -403,7 +403,7 @@ const idleAfter = 100 * time.Millisecond
 // hostSilent notes that there is nothing to read from host. It is called with c.mu held.
 func (c *tcpConn) hostSilent() {
 	c.silent = true
-	if c.lookAt.IsZero() && c.out.OK() {
+	if c.lookAt.IsZero() && c.stream.OK() {
 		now := time.Now() // the Writer may have taken any time
 		c.idle = true
 		c.lookAt = now.Add(idleAfter)
@@ -428,7 +428,7 @@ func (c *tcpConn) renewed() {
 // awaitHost goes on as readHost as soon as there is something to read. Until then it
 // takes no more than the smallest of stacks, and no memory of readHost's.
 func (c *tcpConn) awaitHost() {
-	err := c.out.AwaitRead()
+	err := c.stream.AwaitRead()
 	if err != nil {
 		c.mu.Lock()
 		c.hostEnded(err)
@@ -443,7 +443,7 @@ func (c *tcpConn) waitWritable() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for !c.gone && c.tcb.Free() == 0 && c.tcb.State() != tcp.Closed {
-		if c.out.OK() && c.lookAt.IsZero() {
+		if c.stream.OK() && c.lookAt.IsZero() {
 			now := time.Now()
 			c.lookAt = now.Add(lookInterval)
 			c.setTimer(now)
@@ -482,7 +482,7 @@ func (c *tcpConn) lookAtHost(now time.Time) (renew bool) {
 // is called with c.mu held, so that nobody reads meanwhile: the error that it finds is
 // told once, and a read would take what follows for the end of the data.
 func (c *tcpConn) lookForFailure(now time.Time) {
-	if c.out.Failure() != nil {
+	if c.stream.Failure() != nil {
 		c.readDone = true
 		c.tcb.Abort()
 		return
@@ -530,7 +530,7 @@ func (c *tcpConn) toDeliver(now time.Time) bool {
 	if c.host == nil || c.pumping || c.writeDone || c.gone || n == 0 && !c.tcb.EOF() {
 		return false
 	}
-	if !c.tcb.Pushed() && n < min(holdBytes, c.stack.cfg.ReceiveBuffer/4) && c.out.OK() {
+	if !c.tcb.Pushed() && n < min(holdBytes, c.stack.cfg.ReceiveBuffer/4) && c.stream.OK() {
 		switch {
 		case c.heldUntil.IsZero():
 			c.heldUntil = now.Add(holdTime)
@@ -550,14 +550,14 @@ const maxDeliver = 256 << 10
 // deliver writes the bytes of the guest to the host: here, as far as that does not
 // wait, and else on a goroutine.
 func (c *tcpConn) deliver() {
-	for left := maxDeliver; left > 0 && c.out.OK(); {
+	for left := maxDeliver; left > 0 && c.stream.OK(); {
 		p := c.nextForHost()
 		if len(p) == 0 {
 			c.stack.goroutines.Done()
 			return
 		}
 		p = p[:min(len(p), left)]
-		n, err := c.out.Write(p)
+		n, err := c.stream.Write(p)
 		c.wrote(n, err)
 		left -= max(n, maxDeliver/64) // many crumbs cost as much
 		if n < len(p) && err == nil {

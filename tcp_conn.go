@@ -46,7 +46,7 @@ type tcpConn struct {
 
 	// The relay of a NAT flow.
 	host        net.Conn      // set once, with tcb
-	out         hostio.Writer // of host
+	stream      hostio.Stream // that host is
 	heldUntil   time.Time     // when bytes that wait for more are written; zero: none do
 	lookAt      time.Time     // when lookAtHost is to be called; zero: it is not
 	pumping     bool          // a goroutine writes to host

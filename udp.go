@@ -319,8 +319,9 @@ func (f *udpFlow) handle(now time.Time, key *flowKey, data []byte, p *ipPacket, 
 		f.mapping.begin(begin)
 	case direct && t != nil:
 		d.quote = front
-		t.silent = t.burst.f == nil || t.burst.fits(f, &d)
-		if e := t.burst.add(f, &d); err == nil {
+		sent, e := t.burst.add(f, &d)
+		t.silent = !sent
+		if err == nil {
 			err = e
 		}
 	case direct:
@@ -342,12 +343,11 @@ type burst struct {
 // maxBurst bounds the bytes of a burst, which have to fit into one packet of IP.
 const maxBurst = 60 << 10
 
-// add takes a datagram that is to be written to the host at once. Those of others
-// before it are written first. The error is that of the Writer, about one of those or
-// this one.
-func (b *burst) add(f *udpFlow, d *datagram) (err error) {
+// add takes a datagram that is to be written to the host. Those before it are sent first
+// if it may not follow them. The error is that of the Writer, about one of those.
+func (b *burst) add(f *udpFlow, d *datagram) (sent bool, err error) {
 	if b.f != nil && !b.fits(f, d) {
-		err = b.send()
+		sent, err = true, b.send()
 	}
 	if b.f == nil {
 		b.f, b.size, b.to = f, len(d.data), d.to
@@ -356,7 +356,7 @@ func (b *burst) add(f *udpFlow, d *datagram) (err error) {
 	n := len(b.quotes)
 	b.quotes = slices.Grow(b.quotes, 1)[:n+1]
 	b.quotes[n] = append(b.quotes[n][:0], d.quote...)
-	return err
+	return sent, err
 }
 
 // fits reports whether a datagram may follow those that are there.

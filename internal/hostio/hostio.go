@@ -127,30 +127,29 @@ func (s *Sender) SendSegments(p []byte, size int, to netip.AddrPort) error {
 	return s.raw.send(p, to, size)
 }
 
-// Writer writes to a stream without ever waiting for room.
-type Writer struct{ raw rawWriter }
+// Stream is a stream of bytes to the host, of which more can be asked than of a net.Conn.
+type Stream struct{ raw rawStream }
 
-// NewWriter returns a Writer for conn. It is not OK if conn is not a socket of the
+// NewStream returns the Stream that conn is. It is not OK if conn is not a socket of the
 // operating system that can be written to in this way.
-func NewWriter(conn net.Conn) (w Writer) {
-	w.raw.init(conn)
-	return w
+func NewStream(conn net.Conn) (s Stream) {
+	s.raw.init(conn)
+	return s
 }
 
-// OK reports whether Write may be called.
-func (w Writer) OK() bool { return w.raw.ok() }
+// OK reports whether the other methods may be called.
+func (s Stream) OK() bool { return s.raw.ok() }
 
-// Write writes as much of p as there is room for now. Less than all of it is no
-// error.
-func (w Writer) Write(p []byte) (int, error) { return w.raw.write(p) }
+// Write writes as much of p as there is room for now, and never waits. Less than all of it
+// is no error.
+func (s Stream) Write(p []byte) (int, error) { return s.raw.write(p) }
 
 // Failure returns the error that has ended the connection, if there is one of which
 // neither a read nor a write has told: the peer has reset it, most likely. It neither
-// waits nor reads, and tells of an error once. It may be called if Write may be.
-func (w Writer) Failure() error { return w.raw.failure() }
+// waits nor reads, and tells of an error once.
+func (s Stream) Failure() error { return s.raw.failure() }
 
 // AwaitRead waits until there is something to read, or the end, and reads nothing. An
 // error is the one that a read would have returned, which is told once. A goroutine
-// that has done nothing else needs no more than its first stack for it. It may be called
-// if Write may be.
-func (w Writer) AwaitRead() error { return w.raw.awaitRead() }
+// that has done nothing else needs no more than its first stack for it.
+func (s Stream) AwaitRead() error { return s.raw.awaitRead() }

@@ -20,11 +20,11 @@ type rawSender struct{ segments bool }
 func (s *rawSender) init(net.Conn) bool                     { return false }
 func (s *rawSender) send([]byte, netip.AddrPort, int) error { panic("unreachable") }
 
-// rawWriter is not to be had either.
-type rawWriter struct{}
+// rawStream is not to be had either.
+type rawStream struct{}
 
-func (w rawWriter) init(net.Conn)             {}
-func (w rawWriter) ok() bool                  { return false }
-func (w rawWriter) write([]byte) (int, error) { panic("unreachable") }
-func (w rawWriter) failure() error            { panic("unreachable") }
-func (w rawWriter) awaitRead() error          { panic("unreachable") }
+func (s rawStream) init(net.Conn)             {}
+func (s rawStream) ok() bool                  { return false }
+func (s rawStream) write([]byte) (int, error) { panic("unreachable") }
+func (s rawStream) failure() error            { panic("unreachable") }
+func (s rawStream) awaitRead() error          { panic("unreachable") }

@@ -52,8 +52,9 @@ func (r *rawReader) init(owner *Reader) {
 		r.conn, err = c.SyscallConn()
 	case *net.UnixConn:
 		if owner.packet == nil {
-			a, _ := c.LocalAddr().(*net.UnixAddr)
-			r.stream = a != nil && a.Net == "unix" // others have messages
+			if a, ok := c.LocalAddr().(*net.UnixAddr); ok { // "unixpacket" is neither
+				r.stream, r.datagram = a.Net == "unix", a.Net == "unixgram"
+			}
 			r.conn, err = c.SyscallConn()
 		}
 	case *net.UDPConn:
@@ -213,20 +214,20 @@ func (w *sending) write(fd uintptr) bool {
 	}
 }
 
-// rawWriter writes to a stream without waiting.
-type rawWriter struct{ conn syscall.RawConn }
+// rawStream is a socket of the operating system.
+type rawStream struct{ conn syscall.RawConn }
 
 // init prepares for a connection that is a socket. A type that wraps one is written
 // to through its own method.
-func (w *rawWriter) init(conn net.Conn) {
+func (s *rawStream) init(conn net.Conn) {
 	if c, ok := conn.(*net.TCPConn); ok {
 		if raw, err := c.SyscallConn(); err == nil {
-			w.conn = raw
+			s.conn = raw
 		}
 	}
 }
 
-func (w rawWriter) ok() bool { return w.conn != nil }
+func (s rawStream) ok() bool { return s.conn != nil }
 
 // writing is one call of write. It is pooled as sending is.
 type writing struct {
@@ -242,10 +243,10 @@ var writings = sync.Pool{New: func() any {
 	return w
 }}
 
-func (w rawWriter) write(p []byte) (int, error) {
+func (s rawStream) write(p []byte) (int, error) {
 	c := writings.Get().(*writing)
 	c.p, c.n, c.err = p, 0, nil
-	err := w.conn.Write(c.try)
+	err := s.conn.Write(c.try)
 	if err == nil {
 		err = c.err
 	}
@@ -274,10 +275,10 @@ func (c *writing) write(fd uintptr) bool {
 
 // failure asks the socket for its error, which there is at once. What has arrived
 // before a reset may still be in the socket, where it hides the reset from a read.
-func (w rawWriter) failure() error {
+func (s rawStream) failure() error {
 	var errno int
 	var err error
-	if w.conn.Control(func(fd uintptr) {
+	if s.conn.Control(func(fd uintptr) {
 		errno, err = syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_ERROR)
 	}) != nil || err != nil || errno == 0 {
 		return nil // or it was closed here
@@ -287,8 +288,8 @@ func (w rawWriter) failure() error {
 
 // awaitRead looks at what there is to read and leaves it there, but for an error, which
 // the operating system forgets when it has told it.
-func (w rawWriter) awaitRead() (err error) {
-	waited := w.conn.Read(func(fd uintptr) bool {
+func (s rawStream) awaitRead() (err error) {
+	waited := s.conn.Read(func(fd uintptr) bool {
 		var b [1]byte
 		for {
 			_, _, err = syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK)

@@ -163,9 +163,10 @@ func ioctl(name string, fd int, request, arg uintptr) error {
 const turn = time.Millisecond
 
 // each calls f with the frames that there are, again and again, until the device fails.
-// Their memory is used again when f returns. Frames are often answered at once, and to go to sleep
-// and be woken takes longer than to wait for that: so it does not sleep before nothing has
-// come for as long as poll. (KVM has halt_poll_ns for that, vhost busyloop-timeout.)
+// Their memory is used again when f returns. Frames are often answered at once, and to go
+// to sleep and be woken takes longer than to wait for that: so it does not sleep before
+// nothing has come for as long as poll. (KVM has halt_poll_ns for that, vhost
+// busyloop-timeout.)
 func (d *device) each(f func(frames [][]byte)) error {
 	var failed error
 	err := d.raw.Read(func(uintptr) (done bool) {
