@@ -1167,6 +1167,7 @@ func TestWriterErrors(t *testing.T) {
 	t.Run("returned", func(t *testing.T) {
 		eachEnd(t, Config{}, func(t *testing.T, g *guest, far farEnd) {
 			full := errors.New("ring is full")
+			synctest.Wait() // whoever has sent the SYN-ACK would send the answer, too
 			g.setHook(func([]byte) error { return full })
 			if err := g.raw("P.", g.nxt+10, g.rcv, nil, []byte("out of order")); err != full {
 				t.Errorf("HandlePacket: %v, want the Writer's error", err)
