@@ -545,11 +545,12 @@ func finishFrameHop(frame []byte, l *link, version uint16, proto uint8, src, dst
 // front of every frame.
 const VirtioNetHeaderLen = 12
 
-// Values of a virtio_net_hdr (VIRTIO 1.2 section 5.1.6).
+// Values of a virtio_net_hdr (VIRTIO 1.3 section 5.1.6).
 const (
 	virtioNeedsChecksum = 1 // flags
 	virtioTCPv4         = 1 // gso_type
 	virtioTCPv6         = 4
+	virtioUDP           = 5 // VIRTIO_NET_HDR_GSO_UDP_L4, of either family
 )
 
 // putVirtioHeader writes the header of a frame that is complete.
@@ -565,13 +566,8 @@ func finishSegment(frame []byte, l *link, version uint16, src, dst ipAddr, mss i
 		finishFrame(frame, l, version, protoTCP, src, dst)
 		return
 	}
-	putHeaders(frame, l, version, protoTCP, &src, &dst, defaultHopLimit)
 	le, start := binary.LittleEndian, frameHeaderLen(version)
-	segment, off := frame[VirtioNetHeaderLen+start:], checksumOffset(protoTCP)
-	binary.BigEndian.PutUint16(segment[off:], transportPseudoSum(protoTCP, &src, &dst, len(segment)))
-	frame[0] = virtioNeedsChecksum
-	le.PutUint16(frame[6:], uint16(start)) // csum_start
-	le.PutUint16(frame[8:], uint16(off))   // csum_offset
+	segment := leaveChecksum(frame, l, version, protoTCP, &src, &dst)
 	if hl := int(segment[12]>>4) * 4; len(segment)-hl > mss {
 		frame[1] = virtioTCPv6
 		if version == 4 {
@@ -580,6 +576,30 @@ func finishSegment(frame []byte, l *link, version uint16, src, dst ipAddr, mss i
 		le.PutUint16(frame[2:], uint16(start+hl)) // hdr_len
 		le.PutUint16(frame[4:], uint16(mss))      // gso_size
 	}
+}
+
+// finishDatagrams is finishFrame for several UDP datagrams on a link that cuts them: the
+// transport header is that of one datagram, whose data is that of all, and each is to
+// have size bytes of it but the last, which may have less.
+func finishDatagrams(frame []byte, l *link, version uint16, src, dst ipAddr, size int) {
+	le, start := binary.LittleEndian, frameHeaderLen(version)
+	leaveChecksum(frame, l, version, protoUDP, &src, &dst)
+	frame[1] = virtioUDP
+	le.PutUint16(frame[2:], uint16(start+udpHeaderLen)) // hdr_len
+	le.PutUint16(frame[4:], uint16(size))               // gso_size
+}
+
+// leaveChecksum writes the headers in front of a packet whose transport checksum the link
+// completes. It returns the packet from the transport header on.
+func leaveChecksum(frame []byte, l *link, version uint16, proto uint8, src, dst *ipAddr) (transport []byte) {
+	putHeaders(frame, l, version, proto, src, dst, defaultHopLimit)
+	le, start, off := binary.LittleEndian, frameHeaderLen(version), checksumOffset(proto)
+	transport = frame[VirtioNetHeaderLen+start:]
+	binary.BigEndian.PutUint16(transport[off:], transportPseudoSum(proto, src, dst, len(transport)))
+	frame[0] = virtioNeedsChecksum
+	le.PutUint16(frame[6:], uint16(start)) // csum_start
+	le.PutUint16(frame[8:], uint16(off))   // csum_offset
+	return transport
 }
 
 // putHeaders writes the headers in front of a whole packet.

@@ -880,8 +880,8 @@ func (c *datagramConn) Write(b []byte) (int, error) {
 func (c *datagramConn) send(b []byte) error {
 	f := c.flow
 	d := datagramBuffers.Get().(*datagramBuffer)
-	defer datagramBuffers.Put(d)
-	copy(d[udpHeaderLen:], b)
+	defer d.putBack(&datagramBuffers)
+	d.add(copy(d.room(), b), netip.AddrPort{})
 
 	f.emitting = true
 	f.mu.Unlock()
@@ -890,7 +890,10 @@ func (c *datagramConn) send(b []byte) error {
 	if ok {
 		f.link = l
 	}
-	return f.emit(d, len(b), f.key.host, f.key.hostPort)
+	if tooLong, err := f.emit(d); tooLong == 0 {
+		return err
+	}
+	return errDatagramTooLong
 }
 
 // usable returns why nothing can be read or written, if so. What an ICMP error said

@@ -216,6 +216,19 @@ type Config struct {
 	// to send such (VIRTIO_NET_F_CSUM, HOST_TSO4 and HOST_TSO6, or TUNSETOFFLOAD).
 	VirtioNetHeader bool
 
+	// VirtioNetUSO makes one frame of the UDP datagrams of a flow that have come
+	// together and are as long as each other, but the last, which may be shorter: up to
+	// 64, and a packet of 65,535 bytes, for whoever takes it to cut
+	// (VIRTIO_NET_HDR_GSO_UDP_L4), with the checksum left out. Datagrams that do not fit
+	// the MTU leave in fragments, as ever. It needs VirtioNetHeader, and is for guests
+	// that have agreed to it: a virtio device with VIRTIO_NET_F_GUEST_USO4 and
+	// GUEST_USO6, or a TAP device of Linux 6.2 or later.
+	//
+	// HandlePacket does not take such packets: it cannot tell several datagrams from one
+	// that is long. A guest must not be offered to send them (VIRTIO_NET_F_HOST_USO,
+	// TUN_F_USO4, TUN_F_USO6).
+	VirtioNetUSO bool
+
 	// Logger is told of flows that are opened, refused and closed, at debug
 	// level, never per packet, and of each at most ten times a second. Nil logs nothing.
 	Logger *slog.Logger
@@ -343,6 +356,9 @@ func (cfg *Config) validate() error {
 	}
 	if cfg.UDPMapping != UDPMappingPerFlow && cfg.UDPMapping != UDPMappingEndpoint {
 		return fmt.Errorf("slirp: Config.UDPMapping: %d is unknown", cfg.UDPMapping)
+	}
+	if cfg.VirtioNetUSO && !cfg.VirtioNetHeader {
+		return errors.New("slirp: Config.VirtioNetUSO: needs VirtioNetHeader")
 	}
 	for _, a := range cfg.Addresses {
 		if !a.IsValid() || a.IsUnspecified() || a.IsMulticast() || a.Zone() != "" {

@@ -629,10 +629,58 @@ func (f *udpFlow) refuse(err error) {
 	}
 }
 
-// datagramBuffer has room for the header and data of any datagram.
-type datagramBuffer [64 << 10]byte
+// received is a datagram for the guest, n bytes from off on in a datagramBuffer.
+type received struct {
+	off, n int
+	from   netip.AddrPort // with a mapping only
+}
 
-var datagramBuffers = sync.Pool{New: func() any { return new(datagramBuffer) }}
+// datagramBuffer holds datagrams for the guest, one behind the other, with room for a
+// header in front of each: those before it are gone by the time it is needed.
+type datagramBuffer struct {
+	mem  []byte
+	list []received // in mem
+}
+
+// maxDatagram is the room that each read needs: no datagram has more data.
+const maxDatagram = maxUDPLength - udpHeaderLen
+
+// A burst buffer takes as much as fits into a packet, and then a datagram of any length.
+var (
+	datagramBuffers = sync.Pool{New: func() any { return newDatagramBuffer(64 << 10) }}
+	burstBuffers    = sync.Pool{New: func() any { return newDatagramBuffer(128 << 10) }}
+)
+
+func newDatagramBuffer(n int) *datagramBuffer { return &datagramBuffer{mem: make([]byte, n)} }
+
+// putBack empties a buffer and puts it back to where it is from.
+func (b *datagramBuffer) putBack(pool *sync.Pool) {
+	b.list = b.list[:0]
+	pool.Put(b)
+}
+
+// room returns the memory for the next datagram: none if that might not fit, or there are
+// enough.
+func (b *datagramBuffer) room() []byte {
+	end := b.end()
+	if len(b.list) == hostio.MaxSegments || len(b.mem)-end < maxDatagram {
+		return nil
+	}
+	return b.mem[end:][:maxDatagram]
+}
+
+// add notes the datagram of n bytes at the front of room.
+func (b *datagramBuffer) add(n int, from netip.AddrPort) {
+	b.list = append(b.list, received{b.end(), n, from})
+}
+
+// end returns where the next datagram begins.
+func (b *datagramBuffer) end() int {
+	if n := len(b.list); n > 0 {
+		return b.list[n-1].off + b.list[n-1].n
+	}
+	return udpHeaderLen
+}
 
 // readHost moves datagrams from the host to the guest until the flow ends. A
 // buffer is taken when there is something to read. (From a connection that is not
@@ -640,22 +688,33 @@ var datagramBuffers = sync.Pool{New: func() any { return new(datagramBuffer) }}
 // memory, each flow holds one while it waits.)
 func (f *udpFlow) readHost(newReader func(lend func() []byte, giveUp func()) *hostio.Reader) {
 	var b *datagramBuffer
+	pool := &datagramBuffers
 	giveUp := func() {
 		if b != nil {
-			datagramBuffers.Put(b)
+			b.putBack(pool)
 			b = nil
 		}
 	}
 	r := newReader(
 		func() []byte {
-			b = datagramBuffers.Get().(*datagramBuffer)
-			return b[udpHeaderLen:maxUDPLength]
+			b = pool.Get().(*datagramBuffer)
+			return b.room()
 		},
 		giveUp)
+	if r.Bursts() {
+		pool = &burstBuffers
+	}
 	for alive := true; alive; giveUp() {
 		n, err := r.Read()
 		if n > 0 || err == nil {
-			alive = f.reply(b, n, r.From())
+			b.add(n, r.From())
+			for room, ok := b.room(), true; err == nil && room != nil; room = b.room() {
+				if n, ok, err = r.More(room); !ok {
+					break
+				}
+				b.add(n, r.From())
+			}
+			alive = f.reply(b)
 		}
 		if err != nil && alive {
 			alive = f.readFailed(err)
@@ -663,14 +722,13 @@ func (f *udpFlow) readHost(newReader func(lend func() []byte, giveUp func()) *ho
 	}
 }
 
-// reply sends the n bytes of data in b to the guest, in the name of from if there
-// is a mapping. It reports whether the flow lives on.
-func (f *udpFlow) reply(b *datagramBuffer, n int, from netip.AddrPort) bool {
+// reply sends datagrams to the guest, in the name of who sent them if there is a
+// mapping. It reports whether the flow lives on.
+func (f *udpFlow) reply(b *datagramBuffer) bool {
 	f.mu.Lock()
 	now := time.Now()
-	if f.mapping != nil && !f.gone && !f.mapping.admits(now, from) {
+	if f.mapping != nil && !f.gone && !f.filter(now, b) {
 		f.mu.Unlock()
-		f.stack.count(dropUDPFilter)
 		return true
 	}
 	for f.emitting {
@@ -681,10 +739,7 @@ func (f *udpFlow) reply(b *datagramBuffer, n int, from netip.AddrPort) bool {
 		return false
 	}
 	f.failures = 0
-	src, port := f.key.host, f.key.hostPort
-	if f.mapping != nil {
-		src, port = ipAddrFrom(from.Addr()), from.Port()
-	} else {
+	if f.mapping == nil {
 		f.active = now
 	}
 	first := !f.answered
@@ -692,14 +747,28 @@ func (f *udpFlow) reply(b *datagramBuffer, n int, from netip.AddrPort) bool {
 		f.answered = true
 		f.schedule(now)
 	}
-	if f.emit(b, n, src, port) == errDatagramTooLong {
-		f.stack.count(dropUDPTooBig)
-	}
+	tooLong, _ := f.emit(b)
+	f.stack.counters[dropUDPTooBig].Add(uint64(tooLong))
 	f.mu.Unlock()
 	if first {
 		f.stack.keep(f)
 	}
 	return true
+}
+
+// filter drops the datagrams that the mapping does not let pass, and reports whether
+// there are others. The caller holds f.mu.
+func (f *udpFlow) filter(now time.Time, b *datagramBuffer) bool {
+	pass := b.list[:0]
+	for _, d := range b.list {
+		if f.mapping.admits(now, d.from) {
+			pass = append(pass, d)
+		} else {
+			f.stack.count(dropUDPFilter)
+		}
+	}
+	b.list = pass
+	return len(pass) > 0
 }
 
 // readFailed deals with an error of a read, and reports whether the flow lives on.
@@ -726,38 +795,141 @@ func (f *udpFlow) readFailed(err error) bool {
 
 // To the guest.
 
-// emit sends the n bytes of data in b to the guest, as one frame or in fragments,
-// from an address and port. The caller holds f.mu, which is released meanwhile, and
-// nobody else is emitting.
-func (f *udpFlow) emit(b *datagramBuffer, n int, from ipAddr, port uint16) error {
+// emit sends datagrams to the guest, in the name of who sent them if there is a mapping:
+// each as one frame or in fragments, or several in a frame. It returns how many are too
+// long for that, and the first error of the Writer. The caller holds f.mu, which is
+// released meanwhile, and nobody else is emitting.
+func (f *udpFlow) emit(b *datagramBuffer) (tooLong int, err error) {
 	f.emitting = true
-	l, stale := f.link, time.Since(f.learned) >= learnEvery
+	s := f.stack
+	e := emission{stack: s, link: f.link, mem: s.getSlab()}
+	stale := time.Since(f.learned) >= learnEvery
 	f.mu.Unlock()
 
-	s, be := f.stack, binary.BigEndian
 	if stale {
-		l = s.presentLink(f.key.guestKey(), l)
+		e.link = s.presentLink(f.key.guestKey(), e.link)
 	}
-	d := b[:udpHeaderLen+n]
-	be.PutUint16(d, port)
-	be.PutUint16(d[2:], f.key.guestPort)
-	be.PutUint16(d[4:], uint16(len(d)))
-	mem := s.getSlab()
-	err := emitDatagram(&l, f.key.version, protoUDP, from, f.key.guest, d, s.mtuTo(f.key.guestKey()), defaultHopLimit, &s.fragmentID,
-		func(n int) []byte {
-			mem.grow(n)
-			frame := mem.free[:n:n]
-			if !s.cfg.ReuseFrames {
-				mem.free = mem.free[n:]
-			}
-			return frame
-		},
-		func(frame []byte) error { return s.send(&l, frame) })
-	s.putSlab(mem)
+	mtu := s.mtuTo(f.key.guestKey())
+	for list := b.list; len(list) > 0; {
+		n := 1
+		if s.cfg.VirtioNetUSO {
+			n = together(list, mtu-ipHeaderLen(f.key.version)-udpHeaderLen)
+		}
+		if n > 1 {
+			f.emitTogether(&e, b, list[:n])
+		} else if f.emitOne(&e, b, &list[0], mtu) == errDatagramTooLong {
+			tooLong++
+		}
+		list = list[n:]
+	}
+	err = e.end()
 
 	f.mu.Lock()
 	f.emitted()
+	return tooLong, err
+}
+
+// ends writes the ports of a datagram to the guest, and returns where it comes from.
+func (f *udpFlow) ends(header []byte, d *received) (from ipAddr) {
+	from, port := f.key.host, f.key.hostPort
+	if f.mapping != nil {
+		from, port = ipAddrFrom(d.from.Addr()), d.from.Port()
+	}
+	binary.BigEndian.PutUint16(header, port)
+	binary.BigEndian.PutUint16(header[2:], f.key.guestPort)
+	return from
+}
+
+// emitOne sends a datagram as one frame or in fragments.
+func (f *udpFlow) emitOne(e *emission, b *datagramBuffer, d *received, mtu int) error {
+	datagram := b.mem[d.off-udpHeaderLen : d.off+d.n]
+	from := f.ends(datagram, d)
+	binary.BigEndian.PutUint16(datagram[4:], uint16(len(datagram)))
+	return emitDatagram(&e.link, f.key.version, protoUDP, from, f.key.guest, datagram, mtu, defaultHopLimit, &e.stack.fragmentID, e.alloc, e.emit)
+}
+
+// emitTogether sends several datagrams as one frame, which the guest's side cuts.
+func (f *udpFlow) emitTogether(e *emission, b *datagramBuffer, list []received) {
+	first, last := &list[0], &list[len(list)-1]
+	data := b.mem[first.off : last.off+last.n]
+	hl := e.link.headerLen(f.key.version)
+	frame := e.alloc(hl + udpHeaderLen + len(data))
+	copy(frame[hl+udpHeaderLen:], data)
+	from := f.ends(frame[hl:], first)
+	binary.BigEndian.PutUint16(frame[hl+4:], uint16(udpHeaderLen+len(data)))
+	finishDatagrams(frame, &e.link, f.key.version, from, f.key.guest, first.n)
+	e.emit(frame)
+}
+
+// together returns how many of the first datagrams may be in one frame: those that are as
+// long as each other and behind each other, and one that is shorter. One alone may have
+// any length; those of several have up to size bytes.
+func together(list []received, size int) int {
+	first := list[0]
+	if first.n == 0 || first.n > size {
+		return 1
+	}
+	n, end := 1, first.off+first.n
+	for _, d := range list[1:] {
+		if d.n == 0 || d.n > first.n || d.off != end || d.from != first.from || end+d.n-first.off > maxTogether {
+			break
+		}
+		n, end = n+1, end+d.n
+		if d.n < first.n {
+			break
+		}
+	}
+	return n
+}
+
+// maxTogether bounds the data of the datagrams in one frame, for either family.
+const maxTogether = maxIPLength - ipv6HeaderLen - udpHeaderLen
+
+// emission is frames on their way to a Writer: one by one, or if it is a BatchWriter
+// together.
+type emission struct {
+	stack *Stack
+	link  link
+	mem   *slab
+	err   error // the first one
+}
+
+// alloc returns memory for a frame that is emitted next.
+func (e *emission) alloc(n int) []byte {
+	if len(e.mem.free) < n {
+		e.flush()
+		e.mem.grow(n)
+	}
+	return e.mem.free[:n:n]
+}
+
+// emit sends the frame of the last alloc.
+func (e *emission) emit(frame []byte) (err error) {
+	e.mem.cut(len(frame))
+	if e.link.batch == nil {
+		err = e.flush()
+	}
 	return err
+}
+
+// flush hands the frames to the Writer.
+func (e *emission) flush() error {
+	if len(e.mem.frames) == 0 {
+		return nil
+	}
+	err := e.stack.sendAll(&e.link, e.mem.frames)
+	if err != nil && e.err == nil {
+		e.err = err
+	}
+	e.mem.sent(e.stack.cfg.ReuseFrames)
+	return err
+}
+
+// end sends what is left, and returns the first error of the Writer.
+func (e *emission) end() error {
+	e.flush()
+	e.stack.putSlab(e.mem)
+	return e.err
 }
 
 // emitted ends emitting, after the ICMP error that is owed. The caller holds

@@ -93,6 +93,21 @@ func (r *Reader) Read() (n int, err error) {
 	return n, err
 }
 
+// More reads a further datagram into p, if there is one now: it never waits. Without one
+// it is not OK, nor with an error, which is one that the socket tells once. It may be
+// called after Read has returned a datagram, and then tells with [Reader.From] who sent
+// this one.
+func (r *Reader) More(p []byte) (n int, ok bool, err error) {
+	if !r.Bursts() {
+		return 0, false, nil
+	}
+	return r.raw.more(p)
+}
+
+// Bursts reports whether More may find a datagram: never on a connection that is no UDP
+// socket of the operating system, or where there is no way to read one without waiting.
+func (r *Reader) Bursts() bool { return r.raw.ok() && r.raw.datagram }
+
 // Sender sends datagrams through a socket without ever waiting for room.
 type Sender struct{ raw rawSender }
 

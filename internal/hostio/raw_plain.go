@@ -8,11 +8,12 @@ import (
 )
 
 // rawReader is not to be had here: reads go through net.Conn.
-type rawReader struct{}
+type rawReader struct{ datagram bool }
 
-func (r *rawReader) init(*Reader)       {}
-func (r *rawReader) ok() bool           { return false }
-func (r *rawReader) read() (int, error) { panic("unreachable") }
+func (r *rawReader) init(*Reader)                   {}
+func (r *rawReader) ok() bool                       { return false }
+func (r *rawReader) read() (int, error)             { panic("unreachable") }
+func (r *rawReader) more([]byte) (int, bool, error) { panic("unreachable") }
 
 // rawSender is not to be had either.
 type rawSender struct{ segments bool }

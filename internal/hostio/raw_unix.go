@@ -34,6 +34,7 @@ type rawReader struct {
 	datagram bool // an empty read is no end
 	stream   bool // what two reads return is the same as what one would
 	attempt  func(fd uintptr) bool
+	behind   []byte // for the attempt of more; nil: it is one of read
 	n        int
 	err      error
 }
@@ -64,7 +65,13 @@ func (r *rawReader) init(owner *Reader) {
 	if err != nil {
 		r.conn = nil
 	}
-	r.attempt = func(fd uintptr) bool { return r.try(owner, fd) }
+	r.attempt = func(fd uintptr) bool {
+		if r.behind != nil {
+			r.n, r.err = owner.receive(int(fd), r.behind)
+			return true
+		}
+		return r.try(owner, fd)
+	}
 }
 
 func (r *rawReader) ok() bool { return r.conn != nil }
@@ -75,6 +82,21 @@ func (r *rawReader) read() (int, error) {
 		return 0, err
 	}
 	return r.n, r.err
+}
+
+// more reads a datagram that is there. What the attempt does not find, or a signal keeps
+// it from, is left to the next read.
+func (r *rawReader) more(p []byte) (n int, ok bool, err error) {
+	r.behind = p
+	err = r.conn.Read(r.attempt)
+	r.behind = nil
+	switch {
+	case err != nil || r.err == syscall.EAGAIN || r.err == syscall.EINTR:
+		return 0, false, nil // read tells if it is closed
+	case r.err != nil:
+		return 0, false, r.err
+	}
+	return r.n, true, nil
 }
 
 // try reads what there is, and reports false if it has to wait.

@@ -89,6 +89,7 @@ func run(ns, name string, mtu int, vnet bool, poll time.Duration, drop float64, 
 	stack, err := slirp.NewWithConfig(slirp.Config{
 		MTU:             mtu,
 		VirtioNetHeader: vnet,
+		VirtioNetUSO:    dev.uso,
 		ReuseFrames:     true, // the device has copied a frame when write returns
 	})
 	if err != nil {

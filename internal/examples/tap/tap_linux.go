@@ -14,14 +14,17 @@ import (
 
 // Bits of TUNSETOFFLOAD (linux/if_tun.h): what the kernel may leave to us.
 const (
-	tunChecksum = 1 // TUN_F_CSUM
-	tunTSO4     = 2 // TUN_F_TSO4
-	tunTSO6     = 4 // TUN_F_TSO6
+	tunChecksum = 1    // TUN_F_CSUM
+	tunTSO4     = 2    // TUN_F_TSO4
+	tunTSO6     = 4    // TUN_F_TSO6
+	tunUSO4     = 0x20 // TUN_F_USO4
+	tunUSO6     = 0x40 // TUN_F_USO6
 )
 
 // device is a TAP device. Each read and each write of it is one frame.
 type device struct {
 	fd     int
+	uso    bool            // the kernel takes several UDP datagrams in a frame
 	raw    syscall.RawConn // of fd, to wait for frames
 	poll   time.Duration   // how long it is awake for after frames
 	others *others
@@ -38,6 +41,7 @@ const (
 // openTAP makes a TAP device in a network namespace. It goes when the program ends.
 func openTAP(ns, name string, vnet bool, poll time.Duration) (*device, error) {
 	var fd int
+	var uso bool
 	var err error
 	done := make(chan struct{})
 	go func() {
@@ -47,6 +51,9 @@ func openTAP(ns, name string, vnet bool, poll time.Duration) (*device, error) {
 		runtime.LockOSThread()
 		if err = enter(ns); err == nil {
 			fd, err = open(name, vnet)
+			if err == nil && vnet {
+				uso, err = offload(fd)
+			}
 		}
 	}()
 	<-done
@@ -62,7 +69,7 @@ func openTAP(ns, name string, vnet bool, poll time.Duration) (*device, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &device{fd: fd, raw: raw, poll: poll, others: others, buf: make([]byte, 16*longest)}, nil
+	return &device{fd: fd, uso: uso, raw: raw, poll: poll, others: others, buf: make([]byte, 16*longest)}, nil
 }
 
 // others lets other goroutines run, those too that wait for descriptors: the scheduler
@@ -142,14 +149,25 @@ func open(name string, vnet bool) (fd int, err error) {
 	if vnet {
 		ifreq.flags |= syscall.IFF_VNET_HDR
 	}
-	if err := ioctl("TUNSETIFF", fd, syscall.TUNSETIFF, uintptr(unsafe.Pointer(&ifreq))); err != nil || !vnet {
+	if err := ioctl("TUNSETIFF", fd, syscall.TUNSETIFF, uintptr(unsafe.Pointer(&ifreq))); err != nil {
 		return fd, err
 	}
+	return fd, nil
+}
+
+// offload has the kernel hand packets of many segments, and unfinished checksums, to us.
+// What it takes from us is not for us to choose: whether several UDP datagrams in a frame
+// are among it (Linux 6.2) shows in whether it would hand us such. It must not: the stack
+// is given packets without their virtio_net_hdr, and cannot tell several datagrams from
+// one that is long.
+func offload(fd int) (uso bool, err error) {
 	size := int32(slirp.VirtioNetHeaderLen)
 	if err := ioctl("TUNSETVNETHDRSZ", fd, syscall.TUNSETVNETHDRSZ, uintptr(unsafe.Pointer(&size))); err != nil {
-		return fd, err
+		return false, err
 	}
-	return fd, ioctl("TUNSETOFFLOAD", fd, syscall.TUNSETOFFLOAD, tunChecksum|tunTSO4|tunTSO6)
+	const offloads = tunChecksum | tunTSO4 | tunTSO6
+	uso = ioctl("TUNSETOFFLOAD", fd, syscall.TUNSETOFFLOAD, offloads|tunUSO4|tunUSO6) == nil
+	return uso, ioctl("TUNSETOFFLOAD", fd, syscall.TUNSETOFFLOAD, offloads)
 }
 
 func ioctl(name string, fd int, request, arg uintptr) error {

@@ -9,7 +9,7 @@ import (
 )
 
 // device stands for the TAP device of Linux.
-type device struct{}
+type device struct{ uso bool }
 
 var errNoTAP = errors.New("needs a TAP device of Linux, which " + runtime.GOOS + " has not")
 
