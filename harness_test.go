@@ -378,6 +378,9 @@ func (m *machine) receive(frame []byte, lost bool) error {
 	if !m.s.cfg.VirtioNetHeader {
 		return m.take(frame, lost)
 	}
+	if frame[1] == virtioGSOUDP && !m.s.cfg.VirtioNetUSO {
+		return errors.New("several datagrams for who does not take them")
+	}
 	frames, err := cutFrame(frame)
 	if len(frames) > 1 {
 		m.supers++
@@ -390,7 +393,9 @@ func (m *machine) receive(frame []byte, lost bool) error {
 	return err
 }
 
-// cutFrame reads the virtio_net_hdr in front of a frame (VIRTIO 1.2 section 5.1.6),
+const virtioGSOUDP = 5 // VIRTIO_NET_HDR_GSO_UDP_L4
+
+// cutFrame reads the virtio_net_hdr in front of a frame (VIRTIO 1.3 section 5.1.6),
 // and returns the frames that a receiver makes of it.
 func cutFrame(frame []byte) ([][]byte, error) {
 	if len(frame) < 12+14+20 {
@@ -407,64 +412,76 @@ func cutFrame(frame []byte) ([][]byte, error) {
 	case flags != 1:
 		return nil, fmt.Errorf("virtio header % x", h)
 	}
-	ip, src, dst, headers, wantGSO := frame[14:], netip.Addr{}, netip.Addr{}, 14+20, byte(1)
+	ip, src, dst, headers, proto := frame[14:], netip.Addr{}, netip.Addr{}, 14+20, byte(0)
 	switch {
-	case ip[0] == 0x45 && ip[9] == 6:
+	case ip[0] == 0x45:
 		src, _ = netip.AddrFromSlice(ip[12:16])
 		dst, _ = netip.AddrFromSlice(ip[16:20])
-	case ip[0]>>4 == 6 && len(ip) >= 40 && ip[6] == 6:
+		proto = ip[9]
+	case ip[0]>>4 == 6 && len(ip) >= 40:
 		src, _ = netip.AddrFromSlice(ip[8:24])
 		dst, _ = netip.AddrFromSlice(ip[24:40])
-		headers, wantGSO = 14+40, 4
-	default:
-		return nil, fmt.Errorf("virtio header % x of what is not TCP", h)
+		headers, proto = 14+40, ip[6]
 	}
-	if start != headers || off != 16 || len(frame) < start+20 || len(ip) > 65535 {
+	fields, least := map[byte]int{6: 16, 17: 6}, map[byte]int{6: 20, 17: 8} // where the checksum is; the header's length
+	if start != headers || off != fields[proto] || off == 0 || len(frame) < start+least[proto] || len(ip) > 65535 {
 		return nil, fmt.Errorf("virtio header % x, packet of %d bytes", h, len(ip))
 	}
-	tcp := frame[start:]
-	if got, want := binary.BigEndian.Uint16(tcp[off:]), refSum(refPseudo(src, dst, 6, len(tcp))); got != want {
+	transport := frame[start:]
+	if got, want := binary.BigEndian.Uint16(transport[off:]), refSum(refPseudo(src, dst, proto, len(transport))); got != want {
 		return nil, fmt.Errorf("unfinished checksum %#x, want %#x", got, want)
 	}
-	headers += int(tcp[12] >> 4 * 4)
-	if headers > len(frame) {
-		return nil, errors.New("TCP header")
-	}
-	if gso == 0 {
-		if hdrLen|gsoSize != 0 {
-			return nil, fmt.Errorf("virtio header % x", h)
+	var good bool
+	if proto == 6 {
+		headers += int(transport[12] >> 4 * 4)
+		good = gso == map[bool]byte{true: 1, false: 4}[src.Is4()] && transport[13]&(flagS|flagR|flagU) == 0 ||
+			gso == 0 && hdrLen|gsoSize == 0
+		if gso == 0 {
+			hdrLen, gsoSize = headers, len(frame)
 		}
-		gsoSize = max(1, len(frame)-headers)
-	} else if gso != wantGSO || hdrLen != headers || gsoSize == 0 || len(frame)-headers <= gsoSize || tcp[13]&(flagS|flagR|flagU) != 0 {
+	} else { // what virtio_net_hdr_to_skb and __udp_gso_segment of Linux ask for
+		headers += 8
+		good = gso == virtioGSOUDP && int(binary.BigEndian.Uint16(transport[4:])) == len(transport) && len(frame)-headers <= 64*gsoSize
+	}
+	if !good || hdrLen != headers || gsoSize == 0 || headers > len(frame) || gso > 0 && len(frame)-headers <= gsoSize {
 		return nil, fmt.Errorf("virtio header % x, packet of %d bytes", h, len(ip))
 	}
 	var frames [][]byte
 	for at := headers; len(frames) == 0 || at < len(frame); at += gsoSize {
 		end := min(at+gsoSize, len(frame))
 		f := append(bytes.Clone(frame[:headers]), frame[at:end]...)
-		completeSegment(f, start, at-headers, end == len(frame), src, dst)
+		completeSegment(f, start, at-headers, end == len(frame), proto, src, dst)
 		frames = append(frames, f)
 	}
 	return frames, nil
 }
 
 // completeSegment makes a packet of its own of a part of a larger one, whose headers
-// it has: tcp_gso_segment and inet_gso_segment of Linux.
-func completeSegment(f []byte, start, at int, last bool, src, dst netip.Addr) {
-	ip, tcp := f[14:], f[start:]
+// it has: tcp_gso_segment, __udp_gso_segment and inet_gso_segment of Linux.
+func completeSegment(f []byte, start, at int, last bool, proto byte, src, dst netip.Addr) {
+	ip, transport, off := f[14:], f[start:], 16
 	if src.Is4() {
 		binary.BigEndian.PutUint16(ip[2:], uint16(len(ip)))
 		ip[10], ip[11] = 0, 0
 		binary.BigEndian.PutUint16(ip[10:], ^refSum(ip[:20]))
 	} else {
-		binary.BigEndian.PutUint16(ip[4:], uint16(len(tcp)))
+		binary.BigEndian.PutUint16(ip[4:], uint16(len(transport)))
 	}
-	binary.BigEndian.PutUint32(tcp[4:], binary.BigEndian.Uint32(tcp[4:])+uint32(at))
-	if !last {
-		tcp[13] &^= flagF | flagP
+	if proto == 6 {
+		binary.BigEndian.PutUint32(transport[4:], binary.BigEndian.Uint32(transport[4:])+uint32(at))
+		if !last {
+			transport[13] &^= flagF | flagP
+		}
+	} else {
+		off = 6
+		binary.BigEndian.PutUint16(transport[4:], uint16(len(transport)))
 	}
-	tcp[16], tcp[17] = 0, 0
-	binary.BigEndian.PutUint16(tcp[16:], ^refSum(refPseudo(src, dst, 6, len(tcp)), tcp))
+	transport[off], transport[off+1] = 0, 0
+	c := ^refSum(refPseudo(src, dst, proto, len(transport)), transport)
+	if c == 0 && proto == 17 {
+		c = 0xffff
+	}
+	binary.BigEndian.PutUint16(transport[off:], c)
 }
 
 // take reads and checks a frame, and queues it unless it is lost.

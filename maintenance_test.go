@@ -121,7 +121,7 @@ func TestConfigErrors(t *testing.T) {
 		field string
 		cfg   Config
 	}{
-		{"MTU", Config{MTU: 1279}}, {"MTU", Config{MTU: 65536}}, {"MTU", Config{MTU: -1}},
+		{"VirtioNetUSO", Config{VirtioNetUSO: true}}, {"MTU", Config{MTU: 1279}}, {"MTU", Config{MTU: 65536}}, {"MTU", Config{MTU: -1}},
 		{"SendBuffer", Config{SendBuffer: 4095}}, {"SendBuffer", Config{SendBuffer: -1}}, {"SendBuffer", Config{SendBuffer: maxBuffer + 1}},
 		{"ReceiveBuffer", Config{ReceiveBuffer: 1}}, {"ReceiveBuffer", Config{ReceiveBuffer: -1}},
 		{"Addresses", Config{Addresses: []netip.Addr{{}}}},

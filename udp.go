@@ -659,11 +659,11 @@ func (b *datagramBuffer) putBack(pool *sync.Pool) {
 	pool.Put(b)
 }
 
-// room returns the memory for the next datagram: none if that might not fit, or there are
-// enough.
+// room returns the memory for the next datagram: none if one of any length might not fit,
+// or there are as many as one frame may hold.
 func (b *datagramBuffer) room() []byte {
 	end := b.end()
-	if len(b.list) == hostio.MaxSegments || len(b.mem)-end < maxDatagram {
+	if n := len(b.list); n == hostio.MaxSegments || n > 0 && end-udpHeaderLen+b.list[n-1].n > maxTogether || len(b.mem)-end < maxDatagram {
 		return nil
 	}
 	return b.mem[end:][:maxDatagram]
@@ -688,6 +688,7 @@ func (b *datagramBuffer) end() int {
 // memory, each flow holds one while it waits.)
 func (f *udpFlow) readHost(newReader func(lend func() []byte, giveUp func()) *hostio.Reader) {
 	var b *datagramBuffer
+	var waited bool
 	pool := &datagramBuffers
 	giveUp := func() {
 		if b != nil {
@@ -700,26 +701,42 @@ func (f *udpFlow) readHost(newReader func(lend func() []byte, giveUp func()) *ho
 			b = pool.Get().(*datagramBuffer)
 			return b.room()
 		},
-		giveUp)
+		func() {
+			waited = true
+			giveUp()
+		})
 	if r.Bursts() {
 		pool = &burstBuffers
 	}
-	for alive := true; alive; giveUp() {
+	// Where a datagram comes alone, to look for another would cost it a system call.
+	for alive, several := true, false; alive; giveUp() {
+		waited = false
 		n, err := r.Read()
 		if n > 0 || err == nil {
 			b.add(n, r.From())
-			for room, ok := b.room(), true; err == nil && room != nil; room = b.room() {
-				if n, ok, err = r.More(room); !ok {
-					break
-				}
-				b.add(n, r.From())
+			if err == nil && (several || !waited) {
+				err = b.fill(r)
 			}
+			several = !waited || len(b.list) > 1
 			alive = f.reply(b)
 		}
 		if err != nil && alive {
 			alive = f.readFailed(err)
 		}
 	}
+}
+
+// fill reads the datagrams that are there as far as there is room. The error is that of
+// the socket behind them.
+func (b *datagramBuffer) fill(r *hostio.Reader) error {
+	for room := b.room(); room != nil; room = b.room() {
+		n, ok, err := r.More(room)
+		if !ok {
+			return err
+		}
+		b.add(n, r.From())
+	}
+	return nil
 }
 
 // reply sends datagrams to the guest, in the name of who sent them if there is a

@@ -56,15 +56,21 @@ func newUDPRig(t testing.TB, fam family, cfg Config) (*udpGuest, *udpHost) {
 
 // keep keeps the frames that are no ICMP.
 func (g *udpGuest) keep(frame []byte) error {
-	b := frame[14:]
-	proto := b[9]
-	if b[0]>>4 == 6 {
-		proto = b[6]
+	frames := [][]byte{bytes.Clone(frame)}
+	if g.s.cfg.VirtioNetHeader {
+		frames, _ = cutFrame(frames[0]) // whose error the machine tells
 	}
-	if proto == 17 || proto == 44 {
-		g.frameMu.Lock()
-		g.arrived = append(g.arrived, bytes.Clone(frame))
-		g.frameMu.Unlock()
+	for _, frame := range frames {
+		b := frame[14:]
+		proto := b[9]
+		if b[0]>>4 == 6 {
+			proto = b[6]
+		}
+		if proto == 17 || proto == 44 {
+			g.frameMu.Lock()
+			g.arrived = append(g.arrived, frame)
+			g.frameMu.Unlock()
+		}
 	}
 	return nil
 }

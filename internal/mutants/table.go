@@ -160,9 +160,11 @@ var mutants = []mutant{
 	{"conn/linger 0 is no reset", "listener.go", "case c.linger == 0:", "case c.linger == -2:", stack},
 
 	// Datagrams and ICMP.
-	{"udp/anybody may answer", "udp.go", "!f.gone && !f.mapping.admits(now, from)", "!f.gone && !f.mapping.admits(now, from) && false", stack},
+	{"udp/anybody may answer", "udp.go", "if f.mapping.admits(now, d.from) {", "if f.mapping.admits(now, d.from) || true {", stack},
 	{"udp/empty datagrams dropped", "udp.go", "if n > 0 || err == nil {", "if n > 0 {", stack},
-	{"udp/answer does not keep the flow", "udp.go", "\t} else {\n\t\tf.active = now\n\t}\n\tfirst :=", "\t}\n\tfirst :=", stack},
+	{"udp/answer does not keep the flow", "udp.go", "\tif f.mapping == nil {\n\t\tf.active = now\n\t}\n\tfirst :=", "\tfirst :=", stack},
+	{"udp/frame of several that differ", "udp.go", "d.n == 0 || d.n > first.n || d.off != end", "d.n == 0 || d.off != end", stack},
+	{"udp/frame of several senders", "udp.go", "|| d.from != first.from", "", stack},
 	{"udp/length field ignored", "udp.go", "return b[:n], true", "return b, true", stack},
 	{"icmp/error about an error", "icmp4.go", "p.dst.isUnicast() && !isICMPError(p)", "p.dst.isUnicast()", stack},
 	{"icmp/error about a later fragment", "icmp4.go", "return !p.malformed && p.fragOffset == 0 &&", "return !p.malformed &&", stack},
