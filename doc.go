@@ -38,7 +38,8 @@
 // What is sent, in which order and when, is the same to the byte once the packet is
 // cut, but for a congestion window that grows by what an ACK covers, not by two
 // segments of it, since whoever takes such a packet acknowledges it as one.
-// Retransmissions, and segments that carry SACK blocks, are sent alone.
+// Retransmissions, and segments that carry SACK blocks, are sent alone. With
+// [Config.VirtioNetUSO] it completes frames of several datagrams as well.
 //
 // An unreadable IP packet is an error. Everything else that a guest can do
 // wrong is answered as its RFC says, or dropped and counted in [Stats].
@@ -97,7 +98,10 @@
 // datagrams without waiting or not at all. Any other connection is written to by
 // a goroutine that exists while datagrams wait for it, up to 64. What finds no
 // room is dropped. Answers of any size go to the guest, in fragments above the
-// MTU. Errors of the socket become ICMP errors (of one that takes no datagram so long,
+// MTU. Those that have come while others were sent are read together, up to 64 and what
+// a packet holds (not on Windows, nor from a connection of Dial that is no *net.UDPConn);
+// with [Config.VirtioNetUSO] those of them that are as long as each other, and a shorter
+// one behind them, leave as one frame. Errors of the socket become ICMP errors (of one that takes no datagram so long,
 // packet too big, with the MTU; but not over IPv4 without Don't Fragment), and the flow lives on until it
 // has been idle for UDPIdleTimeout. Flows to port 53 that were answered have 10 s:
 // a resolver opens one for each question.

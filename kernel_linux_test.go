@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -81,6 +82,7 @@ type kernelOptions struct {
 	slirp.Config
 	loss   float64 // of frames, each way
 	record bool    // the link's Device is a recorder
+	gate   bool    // the link's Device is a frameGate
 }
 
 // eachKernel runs a test against a fresh ring for each IP version.
@@ -109,6 +111,10 @@ func newKernelRing(t *testing.T, f ringFamily, o kernelOptions) *kernelRing {
 	r.host, r.guest = namespace(), namespace()
 	tap, err := r.guest.TAP("tap0", o.VirtioNetHeader)
 	r.must(err)
+	if o.VirtioNetUSO && !ring.TakesUSO(tap) {
+		tap.Close()
+		t.Skip("needs a kernel that takes several datagrams in a frame")
+	}
 	mtu := cmp.Or(o.MTU, 1500)
 	var host []string
 	for _, f := range ringFamilies {
@@ -135,6 +141,9 @@ func newKernelRing(t *testing.T, f ringFamily, o kernelOptions) *kernelRing {
 	r.link = &ring.Link{Stack: r.stack, Device: tap, Loss: o.loss, VirtioNet: o.VirtioNetHeader}
 	if o.record {
 		r.link.Device = &recorder{ReadWriter: tap}
+	}
+	if o.gate {
+		r.link.Device = &frameGate{ReadWriter: tap}
 	}
 	served := make(chan error)
 	go func() {
@@ -469,6 +478,109 @@ func (r *kernelRing) udpSizes() {
 		if err := ring.Exchange(c, request, string(data[:n])); err != nil {
 			t.Errorf("%d bytes: %v", n, err)
 		}
+	}
+}
+
+// TestKernelUSO has a kernel take frames of several datagrams.
+func TestKernelUSO(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		run  func(r *kernelRing)
+	}{
+		{"Bursts", (*kernelRing).udpBursts},
+		{"Sizes", (*kernelRing).udpSizes},
+		{"SmallerPath", (*kernelRing).smallerPath},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			cfg := slirp.Config{VirtioNetHeader: true, VirtioNetUSO: true, ReuseFrames: true}
+			eachKernel(t, kernelOptions{Config: cfg, gate: true}, func(t *testing.T, r *kernelRing) { test.run(r) })
+		})
+	}
+}
+
+// frameGate is a device that can be held, so that datagrams of the host pile up behind a
+// frame.
+type frameGate struct {
+	io.ReadWriter
+	mu            sync.Mutex
+	held, release chan bool // of the next UDP datagram; nil: it is not held
+	several       []int     // the lengths of frames of several datagrams
+}
+
+// hold has the next UDP datagram held, and returns what is closed when it is, and what
+// is to be closed for it to go on.
+func (g *frameGate) hold() (held, release chan bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.held, g.release = make(chan bool), make(chan bool)
+	return g.held, g.release
+}
+
+func (g *frameGate) Write(frame []byte) (int, error) {
+	ip := frame[slirp.VirtioNetHeaderLen+14:]
+	g.mu.Lock()
+	var held, release chan bool
+	if ip[0]>>4 == 4 && ip[9] == 17 || ip[0]>>4 == 6 && ip[6] == 17 {
+		held, release, g.held = g.held, g.release, nil
+	}
+	if frame[1] == 5 { // VIRTIO_NET_HDR_GSO_UDP_L4
+		g.several = append(g.several, len(frame))
+	}
+	g.mu.Unlock()
+	if held != nil {
+		close(held)
+		<-release
+	}
+	return g.ReadWriter.Write(frame)
+}
+
+// udpBursts has the host send datagrams of equal and other sizes at a time.
+func (r *kernelRing) udpBursts() {
+	t, gate := r.t, r.link.Device.(*frameGate)
+	data, err := io.ReadAll(ring.Data(1 << 16))
+	r.must(err)
+	whole := map[string]int{"IPv4": 1500 - 20 - 8, "IPv6": 1500 - 40 - 8}[r.name]
+	server, err := r.host.ListenPacket(t.Context(), netip.AddrPortFrom(r.server, 0).String())
+	r.must(err)
+	defer server.Close()
+	server.SetDeadline(time.Now().Add(30 * time.Second))
+	c := r.dialUDP(server.LocalAddr().String())
+	_, err = io.WriteString(c, "hello")
+	r.must(err)
+	_, peer, err := server.ReadFrom(make([]byte, 10))
+	r.must(err)
+	for _, test := range []struct {
+		sizes  []int
+		frames int // of several datagrams
+	}{
+		{slices.Repeat([]int{whole}, 44), 1},
+		{slices.Repeat([]int{1}, 64), 1},
+		{[]int{1000, 1000, 1000, 999, 1000, 1000, 1, 0, 0, 3000, 700, 700, whole, whole + 1}, 3},
+	} {
+		held, release := gate.hold()
+		for i, size := range append([]int{5}, test.sizes...) {
+			_, err := server.WriteTo(data[i:][:size], peer)
+			r.must(err)
+			if i == 0 {
+				<-held
+			}
+		}
+		gate.mu.Lock()
+		gate.several = nil
+		gate.mu.Unlock()
+		close(release)
+		buf := make([]byte, 1<<16)
+		for i, size := range append([]int{5}, test.sizes...) {
+			n, err := c.Read(buf)
+			if err != nil || string(buf[:n]) != string(data[i:][:size]) {
+				t.Fatalf("datagram %d of %v: %d bytes, %v", i, test.sizes, n, err)
+			}
+		}
+		gate.mu.Lock()
+		if len(gate.several) != test.frames {
+			t.Errorf("%v: frames of several datagrams have %v bytes, want %d frames", test.sizes, gate.several, test.frames)
+		}
+		gate.mu.Unlock()
 	}
 }
 

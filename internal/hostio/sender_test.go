@@ -174,3 +174,84 @@ func TestPathMTU(t *testing.T) {
 	a.Close()
 	b.Close()
 }
+
+// Datagrams that are there are read one after another without waiting, where that can be
+// done, and each is what it was.
+func TestReaderMore(t *testing.T) {
+	for _, connected := range []bool{false, true} {
+		server, client := pair(t)
+		client.Write(nil)
+		_, peer, err := server.ReadFromUDPAddrPort(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		buf := make([]byte, 100)
+		lend := func() []byte { return buf }
+		var r *Reader
+		if connected {
+			r = NewReader(client, lend, func() {})
+		} else {
+			r = NewPacketReader(client.(*net.UDPConn), lend, func() {})
+		}
+		next := r.Read
+		for round := range 3 {
+			for _, text := range []string{"hello", "", "", "world"} {
+				server.WriteToUDPAddrPort([]byte(text), peer)
+			}
+			for i, want := range []string{"hello", "", "", "world"} {
+				n, ok, err := 0, true, error(nil)
+				if i == 0 || !r.Bursts() {
+					n, err = next()
+				} else {
+					n, ok, err = r.More(buf)
+				}
+				if !ok || err != nil || string(buf[:n]) != want {
+					t.Fatalf("round %d: got %q, %v, %v, want %q", round, buf[:n], ok, err, want)
+				}
+				if from := server.LocalAddr().(*net.UDPAddr).AddrPort(); !connected && r.From().Port() != from.Port() {
+					t.Errorf("from %v, want %v", r.From(), from)
+				}
+			}
+			if n, ok, err := r.More(buf); n != 0 || ok || err != nil {
+				t.Errorf("more than there is: %d, %v, %v", n, ok, err)
+			}
+		}
+		if r.Bursts() && runtime.GOOS == "linux" && connected { // where the news is there when Write returns
+			server.Close()
+			client.Write(nil)
+			if _, ok, err := r.More(buf); ok || KindOf(err) != Refused {
+				t.Errorf("refused: %v, %v", ok, err)
+			}
+		}
+		client.Close()
+		if n, ok, err := r.More(buf); n != 0 || ok || err != nil {
+			t.Errorf("closed: %d, %v, %v", n, ok, err)
+		}
+		if _, err := r.Read(); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("closed: %v", err)
+		}
+	}
+}
+
+// What wraps a socket is read through its own Read only.
+func TestReaderNoMore(t *testing.T) {
+	server, client := pair(t)
+	client.Write(nil)
+	_, peer, err := server.ReadFromUDPAddrPort(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		server.WriteToUDPAddrPort([]byte("x"), peer)
+	}
+	buf := make([]byte, 100)
+	r := NewReader(struct{ net.Conn }{client}, func() []byte { return buf }, func() {})
+	for range 2 {
+		if n, err := r.Read(); n != 1 || err != nil {
+			t.Errorf("%d, %v", n, err)
+		}
+		if n, ok, err := r.More(buf); n != 0 || ok || err != nil || r.Bursts() {
+			t.Errorf("more: %d, %v, %v", n, ok, err)
+		}
+	}
+}

@@ -141,8 +141,24 @@ func offload(fd int) error {
 	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, slirp.VirtioNetHeaderLen); err != nil {
 		return os.NewSyscallError("TUNSETVNETHDRSZ", err)
 	}
-	err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, unix.TUN_F_CSUM|unix.TUN_F_TSO4|unix.TUN_F_TSO6)
-	return os.NewSyscallError("TUNSETOFFLOAD", err)
+	return os.NewSyscallError("TUNSETOFFLOAD", unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, offloads))
+}
+
+const offloads = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
+
+// TakesUSO reports whether the kernel takes frames of several UDP datagrams from a TAP
+// device with a virtio_net_hdr: since Linux 6.2. It shows in whether it would hand out
+// such, which it is told not to.
+func TakesUSO(tap *os.File) (takes bool) {
+	raw, err := tap.SyscallConn()
+	if err != nil {
+		return false
+	}
+	raw.Control(func(fd uintptr) {
+		takes = unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, offloads|unix.TUN_F_USO4|unix.TUN_F_USO6) == nil
+		unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, offloads)
+	})
+	return takes
 }
 
 // Dial connects a socket of the namespace. The address holds an IP address, not

@@ -50,7 +50,7 @@ func main() {
 	ns := flag.String("ns", "", "network namespace to put the device in, a `name` or path; this one if empty")
 	name := flag.String("dev", "tap0", "`name` of the device")
 	mtu := flag.Int("mtu", 1500, "MTU; the device's own is set with ip link")
-	vnet := flag.Bool("vnet", false, "let packets of up to 64 KiB pass, and leave checksums to the kernel")
+	vnet := flag.Bool("vnet", false, "let packets of up to 64 KiB pass, several datagrams in one among them if the kernel is Linux 6.2 or later, and leave checksums to it")
 	drop := flag.Float64("drop", 0, "`probability` of losing a frame, each way")
 	procs := flag.Int("procs", 1, "processors to use at a time, `n`; 0: as many as there are")
 	poll := flag.Duration("poll", defaultPoll(), "`time` to stay awake for after each frame of the guest; 0 takes less of a processor, and answers later")
