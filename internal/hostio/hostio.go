@@ -104,8 +104,8 @@ func (r *Reader) More(p []byte) (n int, ok bool, err error) {
 	return r.raw.more(p)
 }
 
-// Bursts reports whether More may find a datagram: never on a connection that is no UDP
-// socket of the operating system, or where there is no way to read one without waiting.
+// Bursts reports whether More may find a datagram: never on a connection that is no
+// datagram socket of the operating system, or where that is not read without waiting.
 func (r *Reader) Bursts() bool { return r.raw.ok() && r.raw.datagram }
 
 // Sender sends datagrams through a socket without ever waiting for room.
