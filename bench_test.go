@@ -544,7 +544,7 @@ func idleFlows(t testing.TB, fam family, n int) (bytes, goroutines float64) {
 	}
 	const serverBytes = 400 // a *net.TCPConn, its descriptor and its place among those that are parked
 	mem2, routines2 := settle(routines + n)
-	for last := mem2 + 1; mem2 < last; { // stacks become smaller when flows have been idle
+	for last := mem2 + 1; mem2 < last; { // goroutines end, or get smaller stacks, when flows have been idle
 		last = mem2
 		time.Sleep(3 * idleAfter)
 		mem2, routines2 = settle(routines + n)
@@ -554,7 +554,8 @@ func idleFlows(t testing.TB, fam family, n int) (bytes, goroutines float64) {
 	return (float64(mem2)-float64(mem))/float64(n) - serverBytes, float64(routines2-routines) / float64(n)
 }
 
-// TestIdleFlowCost: an idle flow holds no buffer, and one goroutine.
+// TestIdleFlowCost: an idle flow holds no buffer, and a goroutine only where one cannot
+// wait for many.
 func TestIdleFlowCost(t *testing.T) {
 	if raceEnabled() {
 		t.Skip("the race detector takes memory")
@@ -562,7 +563,11 @@ func TestIdleFlowCost(t *testing.T) {
 	eachFamily(t, func(t *testing.T, fam family) {
 		bytes, goroutines := idleFlows(t, fam, 300)
 		t.Logf("%.0f bytes and %.2f goroutines a flow", bytes, goroutines)
-		if bytes > 16<<10 || goroutines > 1.1 {
+		most, each := 16<<10, 1
+		if runtime.GOOS == "linux" {
+			most, each = 4<<10, 0
+		}
+		if bytes > float64(most) || goroutines > float64(each)+0.1 {
 			t.Errorf("an idle flow costs %.0f bytes and %.2f goroutines", bytes, goroutines)
 		}
 	})

@@ -4,7 +4,9 @@ package slirp
 
 import (
 	"bytes"
+	"context"
 	"errors"
+	"io"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -15,8 +17,21 @@ import (
 	"time"
 )
 
-// The goroutine that reads from a host that is silent makes way for a fresh one. All of
-// this is with sockets of the operating system: others are read from in another way.
+// The goroutine that reads from a host that is silent ends, and the flow rests: the poller
+// waits for its host, or a goroutine that is fresh. All of this is with sockets of the
+// operating system: others are read from in another way.
+
+// eachRest runs a test with flows that rest in either way. Their connections are somebody
+// else's, for all that the Stack knows, if Dial is set.
+func eachRest(t *testing.T, test func(t *testing.T, r *idleRig)) {
+	for name, dial := range map[string]func(context.Context, string, string) (net.Conn, error){
+		"poller": nil, "goroutine": new(net.Dialer).DialContext,
+	} {
+		t.Run(name, func(t *testing.T) {
+			eachFamily(t, func(t *testing.T, fam family) { test(t, newIdleRig(t, fam, Config{Dial: dial})) })
+		})
+	}
+}
 
 // idleRig is a guest behind a NAT with real sockets.
 type idleRig struct {
@@ -24,16 +39,20 @@ type idleRig struct {
 	t        *testing.T
 	listener *net.TCPListener
 	port     uint16
-	renewals int // that renewWhile has asked for
+	turns    int // that restWhile has asked for
 }
 
-func newIdleRig(t *testing.T, fam family) *idleRig {
+func newIdleRig(t *testing.T, fam family, cfg Config) *idleRig {
 	l, err := net.Listen("tcp", netip.AddrPortFrom(fam.loopback, 0).String())
 	if err != nil {
 		t.Skip(err)
 	}
 	t.Cleanup(func() { l.Close() })
-	return &idleRig{machine: newMachine(t, New()), t: t, listener: l.(*net.TCPListener), port: 1024}
+	s, err := NewWithConfig(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &idleRig{machine: newMachine(t, s), t: t, listener: l.(*net.TCPListener), port: 1024}
 }
 
 // connect opens a flow, and returns it and its three ends.
@@ -60,27 +79,29 @@ func (r *idleRig) connect() (*tcpConn, *guest, *net.TCPConn) {
 	return nil, nil, nil
 }
 
-// rest waits until a goroutine that is fresh waits for the host of the flow, and will
-// do so, with nothing that would renew it again, until there is something to read.
+// rests reports whether the flow rests, and will do so until there is something to read.
+func (r *idleRig) rests(c *tcpConn) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.lookAt.IsZero() || c.silent || c.calledBack {
+		return false
+	}
+	return c.resting || strings.Contains(otherGoroutines(), ".AwaitRead(")
+}
+
+// rest waits until the flow rests.
 func (r *idleRig) rest(c *tcpConn) {
 	r.t.Helper()
-	for end := time.Now().Add(patience); ; time.Sleep(idleAfter / 10) {
-		c.mu.Lock()
-		settled := c.lookAt.IsZero() && !c.silent && !c.renewing
-		c.mu.Unlock()
-		if settled && strings.Contains(otherGoroutines(), ".AwaitRead(") {
-			return
-		}
+	for end := time.Now().Add(patience); !r.rests(c); time.Sleep(idleAfter / 10) {
 		if time.Now().After(end) {
-			r.t.Fatalf("the goroutine is not fresh: %.5000s", otherGoroutines())
+			r.t.Fatalf("the flow does not rest: %.5000s", otherGoroutines())
 		}
 	}
 }
 
 // TestIdleReader has everything happen to flows that rest.
 func TestIdleReader(t *testing.T) {
-	eachFamily(t, func(t *testing.T, fam family) {
-		r := newIdleRig(t, fam)
+	eachRest(t, func(t *testing.T, r *idleRig) {
 		c, g, far := r.connect()
 		for range 2 {
 			r.rest(c)
@@ -118,11 +139,11 @@ func TestIdleReader(t *testing.T) {
 	})
 }
 
-// renewNow has the goroutine that reads make way if host is silent, and reports whether
-// it has asked for it.
-func renewNow(c *tcpConn) bool {
+// restNow has the goroutine that reads end if host is silent, and reports whether it has
+// asked for it.
+func restNow(c *tcpConn) bool {
 	c.mu.Lock()
-	silent := c.silent && !c.renewing && !c.gone
+	silent := c.silent && !c.calledBack && !c.gone
 	if silent {
 		c.idle, c.lookAt = true, time.Now()
 	}
@@ -131,9 +152,9 @@ func renewNow(c *tcpConn) bool {
 	return silent
 }
 
-// TestRenewedReader has goroutines make way all the time, while data comes and when
+// TestRestingReader has goroutines end all the time, while data comes and when
 // the flow ends: nothing is lost, neither a byte nor the end nor an error.
-func TestRenewedReader(t *testing.T) {
+func TestRestingReader(t *testing.T) {
 	ends := map[string]func(c *tcpConn, g *guest, far *net.TCPConn){
 		"EOF": func(c *tcpConn, g *guest, far *net.TCPConn) {
 			far.CloseWrite()
@@ -155,13 +176,12 @@ func TestRenewedReader(t *testing.T) {
 			expectErr(g.t, far, syscall.ECONNRESET)
 		},
 	}
-	eachFamily(t, func(t *testing.T, fam family) {
+	eachRest(t, func(t *testing.T, r *idleRig) {
 		for name, end := range ends {
 			t.Run(name, func(t *testing.T) {
-				r := newIdleRig(t, fam)
 				for range soak(5, 100) {
 					c, g, far := r.connect()
-					r.renewWhile(c, func() {
+					r.restWhile(c, func() {
 						data := pattern(20_000)
 						go func() {
 							for p := data; len(p) > 0; {
@@ -178,16 +198,16 @@ func TestRenewedReader(t *testing.T) {
 						r.expectFlows(0)
 					})
 				}
-				if r.renewals == 0 {
-					t.Error("no goroutine made way")
+				if r.turns == 0 {
+					t.Error("no goroutine has ended")
 				}
 			})
 		}
 	})
 }
 
-// renewWhile renews the reader of a flow until f returns.
-func (r *idleRig) renewWhile(c *tcpConn, f func()) {
+// restWhile has a flow rest, again and again, until f returns.
+func (r *idleRig) restWhile(c *tcpConn, f func()) {
 	r.t.Helper()
 	done := make(chan bool)
 	var wg sync.WaitGroup
@@ -198,8 +218,8 @@ func (r *idleRig) renewWhile(c *tcpConn, f func()) {
 				return
 			default:
 			}
-			if renewNow(c) {
-				r.renewals++
+			if restNow(c) {
+				r.turns++
 			}
 			time.Sleep(10 * time.Microsecond)
 		}
@@ -211,38 +231,48 @@ func (r *idleRig) renewWhile(c *tcpConn, f func()) {
 	f()
 }
 
-// hold keeps the goroutine that reads from the host of a new flow from making way, and
-// reports false if it does so already.
+// hold keeps a new flow from resting, and reports false if it does so already.
 func (r *idleRig) hold(c *tcpConn) bool {
 	for ; ; time.Sleep(idleAfter / 100) {
 		c.mu.Lock()
-		waits := c.silent && !c.renewing
+		waits := c.silent && !c.calledBack
 		if waits {
 			c.lookAt = time.Now().Add(patience)
 		}
 		c.mu.Unlock()
-		if waits || strings.Contains(otherGoroutines(), ".AwaitRead(") {
+		if waits || r.rests(c) {
 			return waits
 		}
 	}
 }
 
-// TestRenewedReaderDeadline: a deadline that is none of the Stack's ends the flow, as
-// any other error of a read does, and so it does on a fresh goroutine.
-func TestRenewedReaderDeadline(t *testing.T) {
+// TestOthersConn: the program may do what it likes with the connections that its Dial has
+// returned. A deadline that is none of the Stack's ends the flow, as any other error of a
+// read does, and so does Close, whether the flow rests or not.
+func TestOthersConn(t *testing.T) {
+	ends := map[string]func(net.Conn){
+		"deadline": func(host net.Conn) { host.SetReadDeadline(time.Unix(1, 0)) },
+		"close":    func(host net.Conn) { host.Close() },
+	}
 	eachFamily(t, func(t *testing.T, fam family) {
-		r := newIdleRig(t, fam)
-		for _, resting := range []bool{false, true} {
-			c, g, far := r.connect()
-			if resting || !r.hold(c) {
-				r.rest(c)
+		r := newIdleRig(t, fam, Config{Dial: new(net.Dialer).DialContext})
+		for name, end := range ends {
+			for _, resting := range []bool{false, true} {
+				c, g, far := r.connect()
+				if resting || !r.hold(c) {
+					r.rest(c)
+				}
+				end(c.host)
+				g.expect("R.")
+				want := error(syscall.ECONNRESET)
+				if name == "close" {
+					want = io.EOF // nobody has asked for a reset before
+				}
+				if _, err := far.Read(make([]byte, 1)); !errors.Is(err, want) {
+					t.Errorf("%s: the host reads %v, want %v", name, err, want)
+				}
+				r.expectFlows(0)
 			}
-			c.host.SetReadDeadline(time.Unix(1, 0))
-			g.expect("R.")
-			if _, err := far.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
-				t.Errorf("the host reads %v", err)
-			}
-			r.expectFlows(0)
 		}
 	})
 }
@@ -250,8 +280,7 @@ func TestRenewedReaderDeadline(t *testing.T) {
 // TestIdleAfterWriter: how long the Writer has taken is no part of the time for which a
 // host is silent, and makes no timer late.
 func TestIdleAfterWriter(t *testing.T) {
-	eachFamily(t, func(t *testing.T, fam family) {
-		r := newIdleRig(t, fam)
+	eachRest(t, func(t *testing.T, r *idleRig) {
 		c, g, far := r.connect()
 		r.rest(c)
 		returned := make(chan time.Time, 1)

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/KarpelesLab/slirp/internal/egress"
+	"github.com/KarpelesLab/slirp/internal/hostio"
 	"github.com/KarpelesLab/slirp/internal/reassembly"
 )
 
@@ -357,6 +358,7 @@ func (cfg *Config) validate() error {
 // Its methods may be called concurrently.
 type Stack struct {
 	cfg        Config
+	ownDial    bool            // Config.Dial is not set: nobody else has the connections
 	ctx        context.Context // ends with Close
 	cancel     context.CancelFunc
 	isnSecret  [32]byte
@@ -367,6 +369,7 @@ type Stack struct {
 	logLimits  [numFlowNews]tokenBucket
 	slabs      sync.Pool      // of *slab
 	goroutines sync.WaitGroup // that Close waits for
+	poller     *hostio.Poller // for the hosts of TCP flows that rest
 	closed     atomic.Bool    // set under mu
 	numPaths   atomic.Int32   // len(paths)
 
@@ -399,12 +402,14 @@ func New() *Stack {
 // NewWithConfig returns a Stack with the settings of cfg, or an error that names
 // the field that is wrong.
 func NewWithConfig(cfg Config) (*Stack, error) {
+	ownDial := cfg.Dial == nil
 	cfg, err := cfg.withDefaults()
 	if err != nil {
 		return nil, err
 	}
 	s := &Stack{
 		cfg:       cfg,
+		ownDial:   ownDial,
 		epoch:     time.Now(),
 		flows:     make(map[flowKey]flow),
 		accounts:  make(map[uintptr]*account),
@@ -416,6 +421,7 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 		draining:  make(map[*tcpConn]*time.Timer),
 		fragments: reassembly.New(reassembly.Limits{}),
 	}
+	s.poller = hostio.NewPoller(&s.goroutines)
 	rand.Read(s.isnSecret[:])
 	s.fragmentID.seed = maphash.MakeSeed()
 	s.ctx, s.cancel = context.WithCancel(context.Background())

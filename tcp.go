@@ -380,8 +380,8 @@ func (c *tcpConn) readHost() {
 		case n < lent/4:
 			size = max(size/2, minRead)
 		}
-		if c.renewing && errors.Is(err, os.ErrDeadlineExceeded) {
-			c.renewed()
+		if c.calledBack && errors.Is(err, os.ErrDeadlineExceeded) {
+			c.rest()
 			return
 		}
 		if err != nil {
@@ -393,11 +393,11 @@ func (c *tcpConn) readHost() {
 }
 
 // idleAfter is about the time after which a host that has nothing to say is taken for
-// one that will not have for long. The goroutine that reads from it then makes way for
-// a fresh one: a stack that has been deep, for a dial or for frames, does not become as
-// small again, and is most of what an idle flow takes. To begin anew at each pause would
-// make short connections dearer by a tenth.
-const idleAfter = 100 * time.Millisecond
+// one that will not have for long. The goroutine that reads from it then ends: its stack,
+// which has been deep for a dial or for frames and does not become as small again, is most
+// of what an idle flow takes. To do so at each pause would make short connections dearer
+// by a tenth.
+const idleAfter = 25 * time.Millisecond
 
 // hostSilent notes that there is nothing to read from host. It is called with c.mu held.
 func (c *tcpConn) hostSilent() {
@@ -410,18 +410,40 @@ func (c *tcpConn) hostSilent() {
 	}
 }
 
-// renewReader has readHost, which waits for host, end and a fresh goroutine take over.
-// Only a deadline calls it back. If there is something to read after all, readHost takes
-// that first. It is called without c.mu.
-func (c *tcpConn) renewReader() { c.host.SetReadDeadline(time.Unix(1, 0)) }
+// restReader has readHost, which waits for host, end, and the flow rest. Only a deadline
+// calls it back. If there is something to read after all, readHost takes that first. It is
+// called without c.mu.
+func (c *tcpConn) restReader() { c.host.SetReadDeadline(time.Unix(1, 0)) }
 
-// renewed is the end of a goroutine that renewReader has called back. It is called with
-// c.mu held and returns without it.
-func (c *tcpConn) renewed() {
-	c.renewing, c.silent, c.idle = false, false, false
+// rest is the end of a goroutine that restReader has called back: from here on the flow
+// is one of many that the poller waits for. Where that is not possible, or where somebody
+// else may close host, which the poller would not hear of, a fresh goroutine waits for it.
+// It is called with c.mu held and returns without it.
+func (c *tcpConn) rest() {
+	s := c.stack
 	c.mu.Unlock()
 	c.host.SetReadDeadline(time.Time{})
-	c.stack.goroutines.Go(c.awaitHost)
+	c.mu.Lock()
+	c.calledBack, c.silent, c.idle = false, false, false
+	c.resting = s.ownDial && !c.gone && s.poller.Await(c.stream, c.hostReadable)
+	resting := c.resting
+	c.mu.Unlock()
+	if !resting {
+		s.goroutines.Go(c.awaitHost)
+	}
+}
+
+// hostReadable is the end of a rest.
+func (c *tcpConn) hostReadable() {
+	if !c.enter() {
+		return
+	}
+	c.resting = false
+	c.mu.Unlock()
+	go func() {
+		defer c.stack.goroutines.Done()
+		c.readHost()
+	}()
 }
 
 // awaitHost goes on as readHost as soon as there is something to read. Until then it
@@ -458,16 +480,16 @@ func (c *tcpConn) waitWritable() bool {
 const lookInterval = 2 * time.Second
 
 // lookAtHost looks at what the reader of host waits for, when it is time. It reports
-// whether the caller is to call renewReader. It is called with c.mu held.
-func (c *tcpConn) lookAtHost(now time.Time) (renew bool) {
+// whether the caller is to call restReader. It is called with c.mu held.
+func (c *tcpConn) lookAtHost(now time.Time) (rest bool) {
 	switch {
 	case c.lookAt.IsZero() || now.Before(c.lookAt):
 	case c.readWaits:
 		c.lookForFailure(now)
-	case c.idle && !c.renewing:
-		c.lookAt, c.renewing = time.Time{}, true
+	case c.idle && !c.calledBack:
+		c.lookAt, c.calledBack = time.Time{}, true
 		return true
-	case c.silent && !c.renewing:
+	case c.silent && !c.calledBack:
 		c.idle = true
 		c.lookAt = now.Add(idleAfter)
 	default:
@@ -648,6 +670,10 @@ func (c *tcpConn) startReset() {
 		return
 	}
 	c.resetting = true
+	if c.resting {
+		c.resting = false
+		c.stack.poller.Forget(c.stream)
+	}
 	c.stack.goroutines.Go(c.resetHost)
 }
 

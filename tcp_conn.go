@@ -53,7 +53,8 @@ type tcpConn struct {
 	readWaits   bool          // for room in the send buffer
 	silent      bool          // readHost waits for host to have something to read
 	idle        bool          // silent is true, ever since lookAt was set
-	renewing    bool          // renewReader is called, and renewed is not yet
+	calledBack  bool          // restReader is called, and readHost does not know it yet
+	resting     bool          // the poller waits for host, and no goroutine does
 	readDone    bool          // host has nothing more to say
 	ending      bool          // host has failed, and its last words wait for emitting to be false
 	writeDone   bool          // nothing more is written to host
@@ -281,10 +282,10 @@ func (c *tcpConn) onTimer() {
 	c.timerAt = time.Time{}
 	now := time.Now()
 	c.tcb.Advance(now)
-	renew := c.lookAtHost(now)
+	rest := c.lookAtHost(now)
 	c.flushTurn(now, maxTurn)
-	if renew {
-		c.renewReader()
+	if rest {
+		c.restReader()
 	}
 }
 

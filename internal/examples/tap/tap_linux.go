@@ -183,7 +183,11 @@ func (d *device) each(f func(frames [][]byte)) error {
 				return true
 			case empty && time.Since(last) >= d.poll:
 				return false // frames that have come meanwhile end the wait at once
-			case empty || time.Since(yielded) >= turn:
+			case empty:
+				d.others.run()
+				yield()
+				yielded = time.Now()
+			case time.Since(yielded) >= turn:
 				d.others.run()
 				yielded = time.Now()
 			}
@@ -194,6 +198,9 @@ func (d *device) each(f func(frames [][]byte)) error {
 	}
 	return failed
 }
+
+// yield lets other threads have the processor that wait for it: the guest may be one.
+func yield() { syscall.RawSyscall(syscall.SYS_SCHED_YIELD, 0, 0, 0) }
 
 // read reads frames, and reports whether there are no more.
 func (d *device) read() (empty bool, err error) {

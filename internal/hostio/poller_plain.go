@@ -1,0 +1,17 @@
+//go:build !linux
+
+package hostio
+
+import "sync"
+
+// Poller waits for any number of sockets with one goroutine, where that is possible.
+type Poller struct{}
+
+// NewPoller returns a Poller.
+func NewPoller(*sync.WaitGroup) *Poller { return nil }
+
+// Await reports that it is not possible here.
+func (p *Poller) Await(Stream, func()) (ok bool) { return false }
+
+// Forget does nothing.
+func (p *Poller) Forget(Stream) {}
