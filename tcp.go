@@ -35,16 +35,15 @@ func (s *Stack) handleTCP(p *ipPacket, l *link, t *turn) error {
 		return nil
 	}
 	key := flowKey{l.ns, p.src, p.dst, seg.SrcPort, seg.DstPort, protoTCP, p.version}
-	now := t.now()
 	old, _ := s.lookup(&key).(*tcpConn)
 	if old != nil {
-		if ok, err := old.handle(now, &seg, p, l, t); ok {
+		if ok, err := old.handle(&seg, p, l, t); ok {
 			return err
 		}
 		s.remove(&key, old)
 	}
 	s.learn(guestKey{l.ns, p.src, uintptr(p.version)}, l)
-	return s.handleNoFlow(now, &key, &seg, p, l, old)
+	return s.handleNoFlow(t.now(), &key, &seg, p, l, old)
 }
 
 // handleNoFlow takes a segment that belongs to no flow: LISTEN and CLOSED of RFC
@@ -540,8 +539,13 @@ func (c *tcpConn) hostEnded(err error) {
 // Bytes that the guest has not pushed wait for more: one write to a socket costs as
 // much as the copying of many segments. RFC 9293 section 3.9.1.2 has that a receiver
 // passes data on "without waiting for more" when it was pushed.
+//
+// What is written makes one packet of the host's: Linux puts no more than 65,160 bytes
+// into one for a network card with an MTU of 1500, and 65,483 for the loopback interface.
+// A few bytes more are a packet of their own, for which the other end wakes up twice. So
+// the segment that ends the wait has to fit in as well.
 const (
-	holdBytes = 64 << 10         // are written whatever comes
+	holdBytes = 62 << 10         // are written whatever comes
 	holdTime  = time.Millisecond // for which fewer are held
 )
 

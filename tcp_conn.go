@@ -23,7 +23,7 @@ type tcpConn struct {
 
 	// Guarded by stack.mu.
 	listener  *Listener     // that waits for the handshake, or for Accept
-	opened    time.Time     // when the SYN came
+	opened    time.Time     // when the SYN came; never changes
 	unread    bool          // it died with bytes that nobody has read yet
 	lingering *list.Element // in the account's timeWait
 
@@ -71,9 +71,20 @@ func (s *Stack) newTCPConn(key *flowKey, l *link, now time.Time) *tcpConn {
 	return c
 }
 
+// now returns the time for a segment. Without a turn only the clock that never jumps is
+// read, and the flow's own beginning says what o'clock that is: there is one reading for
+// every segment, and to read both clocks takes twice as long.
+func (c *tcpConn) now(t *turn) time.Time {
+	if t != nil {
+		return t.now()
+	}
+	return c.opened.Add(time.Since(c.opened))
+}
+
 // handle takes a segment of the flow. It reports false when the flow is gone, or
 // makes way for the connection that the segment begins.
-func (c *tcpConn) handle(now time.Time, seg *tcp.Segment, p *ipPacket, l *link, t *turn) (ok bool, err error) {
+func (c *tcpConn) handle(seg *tcp.Segment, p *ipPacket, l *link, t *turn) (ok bool, err error) {
+	now := c.now(t)
 	c.mu.Lock()
 	if c.gone {
 		c.mu.Unlock()

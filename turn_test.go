@@ -342,6 +342,60 @@ func TestDeliverEndsItsTurn(t *testing.T) {
 	}
 }
 
+// TestHeldBytesFillAPacket: what the guest does not push is written to the host when it
+// fills a packet there, and not a few bytes later.
+func TestHeldBytesFillAPacket(t *testing.T) {
+	eachFamily(t, func(t *testing.T, fam family) {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Skip(err)
+		}
+		defer l.Close()
+		m, _ := newRig(t, Config{Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, network, l.Addr().String())
+		}})
+		g := m.open(1025, fam.at(80))
+		g.connect()
+		c := m.s.lookup(g.key()).(*tcpConn)
+		c.mu.Lock()
+		c.heldUntil = time.Now().Add(time.Hour) // however slow this machine is
+		c.mu.Unlock()
+		const packet = 45 * 1448 // Linux, MTU 1500, timestamps
+		full := make([]byte, fam.mss)
+		for sent := 0; ; sent += len(full) {
+			c.mu.Lock()
+			written := int(c.written)
+			c.mu.Unlock()
+			switch {
+			case written == 0 && sent <= packet:
+			case written != sent || written > packet || written < packet-2*len(full):
+				t.Fatalf("%d of %d bytes are written", written, sent)
+			default:
+				return
+			}
+			g.say(".", full...)
+		}
+	})
+}
+
+// TestFlowClock: a flow reads one clock for its segments, and sees the time of day that
+// all others see, in a bubble too, wherever the Stack was made.
+func TestFlowClock(t *testing.T) {
+	s := New()
+	defer s.Close()
+	check := func(t *testing.T) {
+		c := s.newTCPConn(&flowKey{}, &link{}, time.Now())
+		time.Sleep(time.Millisecond)
+		before := time.Now()
+		now := c.now(nil)
+		if after := time.Now(); now.Before(before) || now.After(after) {
+			t.Errorf("it is %v, between %v and %v", now, before, after)
+		}
+	}
+	check(t)
+	synctest.Test(t, check)
+}
+
 // TestReusedFramesOfOthers: with ReuseFrames a frame is left alone until its Writer
 // returns, whatever other flows send meanwhile.
 func TestReusedFramesOfOthers(t *testing.T) {

@@ -70,8 +70,8 @@ type ring struct {
 	used, hint int64
 }
 
-// maxHint bounds the memory that an empty ring starts with. 64 KiB and the segment that
-// fills them, which is when they are written to a host, fit into it.
+// maxHint bounds the memory that an empty ring starts with. What is written to a host at
+// once fits into it: 62 KiB, and the segments that came with the last of them.
 const maxHint = 128 << 10
 
 func (r *ring) size() int64 {

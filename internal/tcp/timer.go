@@ -72,16 +72,14 @@ func (t *TCB) armed(i timer) bool                          { return t.timers[i] 
 // Deadline returns when Advance must be called, and the zero time when nothing
 // waits for time to pass.
 func (t *TCB) Deadline() time.Time {
-	var d moment
-	for _, at := range t.timers {
-		if at != 0 && (d == 0 || at < d) {
-			d = at
-		}
+	next := uint64(math.MaxUint64)
+	for _, at := range t.timers[:] { // a copy of the array would wait for the stores of arm
+		next = min(next, uint64(at-1)) // of no time, which is 0, the very last
 	}
-	if d == 0 {
+	if next == math.MaxUint64 {
 		return time.Time{}
 	}
-	return t.start.Add(time.Duration(d))
+	return t.start.Add(time.Duration(next + 1))
 }
 
 // Advance runs the timers whose time has come.
