@@ -543,11 +543,21 @@ func (c *tcpConn) hostEnded(err error) {
 // What is written makes one packet of the host's: Linux puts no more than 65,160 bytes
 // into one for a network card with an MTU of 1500, and 65,483 for the loopback interface.
 // A few bytes more are a packet of their own, for which the other end wakes up twice. So
-// the segment that ends the wait has to fit in as well.
+// the segment that ends the wait has to fit in as well. Of segments that are nearly as long
+// as such a packet two are written at once.
 const (
 	holdBytes = 62 << 10         // are written whatever comes
 	holdTime  = time.Millisecond // for which fewer are held
 )
+
+// holds returns how many bytes of a guest are written whatever comes.
+func (cfg *Config) holds() int {
+	hold := holdBytes
+	if cfg.MTU > hold/2 {
+		hold *= 2
+	}
+	return min(hold, cfg.ReceiveBuffer/4)
+}
 
 // toDeliver reports whether the caller is to call deliver, for which it then has the
 // right. It is called with c.mu held.
@@ -556,7 +566,7 @@ func (c *tcpConn) toDeliver(now time.Time) bool {
 	if c.host == nil || c.pumping || c.writeDone || c.gone || n == 0 && !c.tcb.EOF() {
 		return false
 	}
-	if !c.tcb.Pushed() && n < min(holdBytes, c.stack.cfg.ReceiveBuffer/4) && c.stream.OK() {
+	if !c.tcb.Pushed() && n < c.stack.cfg.holds() && c.stream.OK() {
 		switch {
 		case c.heldUntil.IsZero():
 			c.heldUntil = now.Add(holdTime)

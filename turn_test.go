@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -343,15 +344,24 @@ func TestDeliverEndsItsTurn(t *testing.T) {
 }
 
 // TestHeldBytesFillAPacket: what the guest does not push is written to the host when it
-// fills a packet there, and not a few bytes later.
+// fills a packet there, and not a few bytes later; or two packets, of long segments.
 func TestHeldBytesFillAPacket(t *testing.T) {
+	const packet = 45 * 1448 // Linux, MTU 1500, timestamps
+	for _, c := range []struct{ mtu, segment, packets int }{{1500, 1440, packet}, {65520, 32700, 2 * 65483}} {
+		t.Run(fmt.Sprint("MTU", c.mtu), func(t *testing.T) { heldBytes(t, c.mtu, c.segment, c.packets) })
+	}
+}
+
+// heldBytes sends segments until they are written, which are to be as many as fit into
+// packets.
+func heldBytes(t *testing.T, mtu, segment, packets int) {
 	eachFamily(t, func(t *testing.T, fam family) {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Skip(err)
 		}
 		defer l.Close()
-		m, _ := newRig(t, Config{Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+		m, _ := newRig(t, Config{MTU: mtu, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, network, l.Addr().String())
 		}})
 		g := m.open(1025, fam.at(80))
@@ -360,15 +370,14 @@ func TestHeldBytesFillAPacket(t *testing.T) {
 		c.mu.Lock()
 		c.heldUntil = time.Now().Add(time.Hour) // however slow this machine is
 		c.mu.Unlock()
-		const packet = 45 * 1448 // Linux, MTU 1500, timestamps
-		full := make([]byte, fam.mss)
+		full := make([]byte, segment)
 		for sent := 0; ; sent += len(full) {
 			c.mu.Lock()
 			written := int(c.written)
 			c.mu.Unlock()
 			switch {
-			case written == 0 && sent <= packet:
-			case written != sent || written > packet || written < packet-2*len(full):
+			case written == 0 && sent <= packets:
+			case written != sent || written > packets || written <= packets-2*len(full):
 				t.Fatalf("%d of %d bytes are written", written, sent)
 			default:
 				return
