@@ -187,7 +187,23 @@ func (l *link) send(frames [][]byte) (first error) {
 			first = err
 		}
 	}
+	if len(frames) > 0 && isUDP(frames[0][l.front:]) {
+		yield()
+	}
 	return first
+}
+
+// isUDP reports whether a frame of the stack is of UDP. Nothing slows that down when the
+// guest does not keep up, so its receiver is to run before more datagrams get there.
+func isUDP(frame []byte) bool {
+	const udp, protocol, nextHeader = 17, etherHeaderLen + 9, etherHeaderLen + 6
+	switch string(frame[12:14]) {
+	case etherTypeIPv4:
+		return frame[protocol] == udp
+	case etherTypeIPv6:
+		return frame[nextHeader] == udp
+	}
+	return false
 }
 
 func (l *link) lose() bool { return l.drop > 0 && rand.Float64() < l.drop }

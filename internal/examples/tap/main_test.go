@@ -28,3 +28,17 @@ func TestARPReply(t *testing.T) {
 		}
 	}
 }
+
+func TestIsUDP(t *testing.T) {
+	ether := strings.Repeat("\x52", 12)
+	ip4 := func(proto string) string { return ether + "\x08\x00\x45" + strings.Repeat("\x00", 8) + proto }
+	ip6 := func(next string) string { return ether + "\x86\xdd\x60" + strings.Repeat("\x00", 5) + next }
+	for frame, want := range map[string]bool{
+		ip4("\x11"): true, ip4("\x06"): false, ip6("\x11"): true, ip6("\x06"): false,
+		ether + "\x08\x06" + strings.Repeat("\x11", 28): false, // ARP
+	} {
+		if got := isUDP([]byte(frame)); got != want {
+			t.Errorf("%x: %v", frame, got)
+		}
+	}
+}

@@ -1,6 +1,7 @@
 #!/bin/bash
 # rig.sh [MTU [SECONDS [FLAGS...]]]: what a Linux kernel gets through the tap example,
-# without and with -vnet: iperf3 up, down, and four streams of each, in Gbit/s.
+# without and with -vnet: iperf3 up, down, and four streams of each, and what arrives of
+# 2 Gbit/s of UDP datagrams of 1,400 bytes, in Gbit/s.
 #
 # Run it as root from anywhere in the repository; it needs go, iperf3 and iproute2. The
 # host and the guest are network namespaces of its own, which it removes at the end;
@@ -49,11 +50,12 @@ with() {
 # measure ARGS... prints the rate of one run of iperf3 in Gbit/s.
 measure() {
 	timeout $((seconds + 30)) ip netns exec $guest iperf3 -f g -c $server -t "$seconds" -O 1 "$@" |
-		awk '/receiver/ && (/SUM/ || !many) { rate = $(NF - 2); many = many || /SUM/ } END { printf " %8s", rate }'
+		awk '/receiver/ && (/SUM/ || !many) { for (i = 2; i <= NF; i++) if ($i == "Gbits/sec") rate = $(i - 1); many = many || /SUM/ } END { printf " %8s", rate }'
 }
-all() { measure; measure -R; measure -P 4; measure -P 4 -R; echo; }
+udp=(-u -b 2G -l 1400)
+all() { measure; measure -R; measure -P 4; measure -P 4 -R; measure "${udp[@]}"; measure "${udp[@]}" -R; echo; }
 
-printf '%-8s %8s %8s %8s %8s   Gbit/s at MTU %s\n' tap up down up4 down4 "$mtu"
+printf '%-8s %8s %8s %8s %8s %8s %8s   Gbit/s at MTU %s\n' tap up down up4 down4 udp-up udp-down "$mtu"
 for vnet in -vnet=false -vnet; do
 	printf '%-8s' "${vnet#-vnet=false}"
 	with $vnet "$@" -- all

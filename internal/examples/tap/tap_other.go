@@ -20,3 +20,5 @@ func (d *device) each(func([][]byte)) error { return errNoTAP }
 func (d *device) write(frame []byte) error { return errNoTAP }
 
 func usage() string { return "" }
+
+func yield() {}
