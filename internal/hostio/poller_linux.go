@@ -4,6 +4,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // Poller waits for any number of sockets with one goroutine, where a read each would
@@ -67,6 +68,9 @@ func (p *Poller) start() bool {
 	syscall.SetNonblock(fd, true) // so that package os has it waited for, as any other descriptor
 	f := os.NewFile(uintptr(fd), "epoll")
 	raw, err := f.SyscallConn()
+	if err == nil {
+		err = f.SetReadDeadline(time.Time{}) // fails if the kernel does not wait for such a descriptor
+	}
 	if err != nil {
 		f.Close()
 		return false
