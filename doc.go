@@ -59,10 +59,11 @@
 // which asks [Config.Allow] and calls [Config.Dial]. SYNs that come again change
 // nothing. If the guest gives up with a reset, the dial is cancelled. When the
 // dial succeeds, the SYN-ACK leaves, and the goroutine goes on as the reader of
-// the host connection. It ends when there has been nothing to read for 25 ms or so: on Linux
-// one goroutine waits for the hosts of all such flows, if [Config.Dial] is not set; for
-// what that returns, if it is a *net.TCPConn, and on other systems a fresh one does,
-// with a smaller stack (not on Windows). When the dial fails, the guest is told how:
+// the host connection. It ends when there has been nothing to read for 25 ms or so: on
+// Linux one goroutine waits for the hosts of all such flows, if [Config.Dial] is not
+// set; for what that returns, if it is a *net.TCPConn, and on other systems a fresh
+// one does, with a smaller stack (not on Windows). When the dial fails, the guest is
+// told how:
 //
 //	error                                             TCP guest                    UDP guest
 //	ECONNREFUSED                                      reset                        ICMP port unreachable

@@ -411,8 +411,8 @@ func (c *tcpConn) hostSilent() {
 }
 
 // restReader has readHost, which waits for host, end, and the flow rest. Only a deadline
-// calls it back. If there is something to read after all, readHost takes that first. It is
-// called without c.mu.
+// calls it back. If there is something to read after all, the rest is short. It is called
+// without c.mu.
 func (c *tcpConn) restReader() { c.host.SetReadDeadline(time.Unix(1, 0)) }
 
 // rest is the end of a goroutine that restReader has called back: from here on the flow

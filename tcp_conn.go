@@ -19,11 +19,11 @@ type tcpConn struct {
 	stack *Stack
 	key   flowKey
 
+	opened time.Time   // when the SYN came; never changes
 	memory *tcp.Memory // of the namespace, set once, with stack.mu held
 
 	// Guarded by stack.mu.
 	listener  *Listener     // that waits for the handshake, or for Accept
-	opened    time.Time     // when the SYN came; never changes
 	unread    bool          // it died with bytes that nobody has read yet
 	lingering *list.Element // in the account's timeWait
 

@@ -46,7 +46,7 @@ func (p *Poller) add(fd int, ready func()) bool {
 	p.raw.Control(func(epoll uintptr) {
 		ev := syscall.EpollEvent{Events: syscall.EPOLLIN | syscall.EPOLLRDHUP | syscall.EPOLLONESHOT, Fd: int32(fd)}
 		err := syscall.EpollCtl(int(epoll), syscall.EPOLL_CTL_ADD, fd, &ev)
-		if err == syscall.EEXIST { // it has waited before
+		if err == syscall.EEXIST { // it was waited for before
 			err = syscall.EpollCtl(int(epoll), syscall.EPOLL_CTL_MOD, fd, &ev)
 		}
 		ok = err == nil
@@ -92,13 +92,14 @@ func (p *Poller) stopIfIdle() {
 func (p *Poller) run(raw syscall.RawConn) {
 	var events [64]syscall.EpollEvent
 	var due [len(events)]func()
+	n := 0
+	wait := func(epoll uintptr) bool {
+		n, _ = syscall.EpollWait(int(epoll), events[:], 0)
+		return n > 0
+	}
 	for {
-		n := 0
-		err := raw.Read(func(epoll uintptr) bool {
-			n, _ = syscall.EpollWait(int(epoll), events[:], 0)
-			return n > 0
-		})
-		if err != nil {
+		if raw.Read(wait) != nil {
+			p.giveUp(raw)
 			return
 		}
 		for _, ready := range p.take(raw, events[:n], due[:0]) {
@@ -123,6 +124,22 @@ func (p *Poller) take(raw syscall.RawConn, events []syscall.EpollEvent, due []fu
 	}
 	p.stopIfIdle()
 	return due
+}
+
+// giveUp has whoever still waits look for himself.
+func (p *Poller) giveUp(raw syscall.RawConn) {
+	p.mu.Lock()
+	if p.raw != raw {
+		p.mu.Unlock()
+		return // it was closed because nobody does
+	}
+	waiting := p.waiting
+	p.waiting = nil
+	p.stopIfIdle()
+	p.mu.Unlock()
+	for _, ready := range waiting {
+		ready()
+	}
 }
 
 // Forget is the end of Await, unless ready has been called, or is about to be.

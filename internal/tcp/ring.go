@@ -71,7 +71,7 @@ type ring struct {
 }
 
 // maxHint bounds the memory that an empty ring starts with. What is written to a host at
-// once fits into it: 62 KiB, and the segments that came with the last of them.
+// once fits into it mostly: 62 KiB, and the segments that came with the last of them.
 const maxHint = 128 << 10
 
 func (r *ring) size() int64 {

@@ -270,8 +270,11 @@ func (t *TCB) SendNext() uint32 { return t.snd.seq.wrap(t.snd.nxt) }
 func (t *TCB) Buffered() int { return int(t.recvBuf.nxt - t.recvBuf.base) }
 
 // Pushed reports whether what can be read is to be passed on at once: the peer has
-// pushed it, or has sent less than it could (RFC 9293 section 3.9.1.2).
-func (t *TCB) Pushed() bool { return t.pushed || t.finReceived() || t.state == Closed }
+// pushed it (RFC 9293 section 3.9.1.2), or has sent less than it could, or waits for it to
+// be read: the window has no room for another full segment.
+func (t *TCB) Pushed() bool {
+	return t.pushed || t.finReceived() || t.state == Closed || t.rcv.adv-t.rcv.nxt < int64(t.cfg.MSS)
+}
 
 // Urgent reports whether what is due must not wait for another segment of the peer
 // that may come at the same time: an ACK that says the same thing once more (RFC 5681

@@ -149,10 +149,7 @@ func open(name string, vnet bool) (fd int, err error) {
 	if vnet {
 		ifreq.flags |= syscall.IFF_VNET_HDR
 	}
-	if err := ioctl("TUNSETIFF", fd, syscall.TUNSETIFF, uintptr(unsafe.Pointer(&ifreq))); err != nil {
-		return fd, err
-	}
-	return fd, nil
+	return fd, ioctl("TUNSETIFF", fd, syscall.TUNSETIFF, uintptr(unsafe.Pointer(&ifreq)))
 }
 
 // offload has the kernel hand packets of many segments, and unfinished checksums, to us.
