@@ -103,10 +103,11 @@
 // MTU. Those that have come while others were sent are read together, up to 64 and what
 // a packet holds (not on Windows, nor from a connection of Dial that is no *net.UDPConn);
 // with [Config.VirtioNetUSO] those of them that are as long as each other, and a shorter
-// one behind them, leave as one frame. Errors of the socket become ICMP errors (of one that takes no datagram so long,
-// packet too big, with the MTU; but not over IPv4 without Don't Fragment), and the flow lives on until it
-// has been idle for UDPIdleTimeout. Flows to port 53 that were answered have 10 s:
-// a resolver opens one for each question.
+// one behind them, leave as one frame. Errors of the socket become ICMP errors (of one
+// that takes no datagram so long, packet too big, with the MTU; but not over IPv4
+// without Don't Fragment), and the flow lives on until it has been idle for
+// UDPIdleTimeout. Flows to port 53 that were answered have 10 s: a resolver opens one
+// for each question.
 //
 // With [UDPMappingEndpoint] the flow is all that the guest sends from one address
 // and port, a mapping (udp.go). Allow is asked about each new destination on

@@ -86,7 +86,8 @@ func (r *idleRig) rests(c *tcpConn) bool {
 	if !c.lookAt.IsZero() || c.silent || c.calledBack {
 		return false
 	}
-	return c.resting || strings.Contains(otherGoroutines(), ".AwaitRead(")
+	running := otherGoroutines()
+	return strings.Contains(running, ".AwaitRead(") || r.s.ownDial && !strings.Contains(running, "(*tcpConn).")
 }
 
 // rest waits until the flow rests.

@@ -425,8 +425,7 @@ func (c *tcpConn) rest() {
 	c.host.SetReadDeadline(time.Time{})
 	c.mu.Lock()
 	c.calledBack, c.silent, c.idle = false, false, false
-	c.resting = s.ownDial && !c.gone && s.poller.Await(c.stream, c.hostReadable)
-	resting := c.resting
+	resting := s.ownDial && !c.gone && s.poller.Await(c.stream, c.hostReadable)
 	c.mu.Unlock()
 	if !resting {
 		s.goroutines.Go(c.awaitHost)
@@ -438,7 +437,6 @@ func (c *tcpConn) hostReadable() {
 	if !c.enter() {
 		return
 	}
-	c.resting = false
 	c.mu.Unlock()
 	go func() {
 		defer c.stack.goroutines.Done()
@@ -680,16 +678,16 @@ func (c *tcpConn) startReset() {
 		return
 	}
 	c.resetting = true
-	if c.resting {
-		c.resting = false
-		c.stack.poller.Forget(c.stream)
-	}
 	c.stack.goroutines.Go(c.resetHost)
 }
 
 // resetHost resets the host connection, as the guest's side was. It has a
-// goroutine of its own: what Dial has returned may block.
+// goroutine of its own: what Dial has returned may block. A flow that is gone does not
+// begin to rest, so nobody waits for host when it is closed.
 func (c *tcpConn) resetHost() {
+	if c.stack.ownDial {
+		c.stack.poller.Forget(c.stream)
+	}
 	if h, ok := c.host.(interface{ SetLinger(int) error }); ok {
 		h.SetLinger(0)
 	}

@@ -54,7 +54,6 @@ type tcpConn struct {
 	silent      bool          // readHost waits for host to have something to read
 	idle        bool          // silent is true, ever since lookAt was set
 	calledBack  bool          // restReader is called, and readHost does not know it yet
-	resting     bool          // the poller waits for host, and no goroutine does
 	readDone    bool          // host has nothing more to say
 	ending      bool          // host has failed, and its last words wait for emitting to be false
 	writeDone   bool          // nothing more is written to host

@@ -29,6 +29,9 @@ func NewPoller(goroutines *sync.WaitGroup) *Poller { return &Poller{goroutines: 
 // Whoever closes s calls Forget before. If somebody else may close it, or call it back
 // from a read by a deadline, Await is of no use: it hears of neither.
 func (p *Poller) Await(s Stream, ready func()) (ok bool) {
+	if !s.OK() {
+		return false
+	}
 	err := s.raw.conn.Control(func(fd uintptr) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
@@ -142,8 +145,12 @@ func (p *Poller) giveUp(raw syscall.RawConn) {
 	}
 }
 
-// Forget is the end of Await, unless ready has been called, or is about to be.
+// Forget is the end of Await, if that was called, unless ready has been called or is
+// about to be. It may wait for the goroutine of the Poller to be run.
 func (p *Poller) Forget(s Stream) {
+	if !s.OK() {
+		return
+	}
 	s.raw.conn.Control(func(fd uintptr) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
