@@ -172,7 +172,7 @@ func (s *Stack) presentLink(key guestKey, l link) link {
 // of it takes less.
 type path struct {
 	mtu   int
-	until time.Time // when it is forgotten
+	until moment // when it is forgotten
 }
 
 const (
@@ -202,7 +202,7 @@ func (s *Stack) learnPath(key guestKey, mtu int) bool {
 			break
 		}
 	}
-	s.paths[key] = path{mtu, time.Now().Add(pathLife)}
+	s.paths[key] = path{mtu, s.now().Add(pathLife)}
 	s.numPaths.Store(int32(len(s.paths)))
 	return true
 }
@@ -218,7 +218,7 @@ func (s *Stack) mtuTo(key guestKey) int {
 	if !ok {
 		return s.cfg.MTU
 	}
-	if now := time.Now(); !now.Before(p.until) {
+	if s.now() >= p.until {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.paths[key] == p {

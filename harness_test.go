@@ -1327,7 +1327,7 @@ func (g *guest) upload(data []byte) {
 // wrapStack makes the sequence numbers of the stack wrap early in the data of
 // the connection, if it begins now.
 func (g *guest) wrapStack() {
-	iss := g.s.tcbConfig(g.key(), time.Now(), nil).ISS
+	iss := g.s.tcbConfig(g.key(), g.s.now(), nil).ISS
 	const want = 0xffffffe0
 	g.s.epoch = g.s.epoch.Add(-time.Duration(want-iss) * 4 * time.Microsecond)
 }

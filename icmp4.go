@@ -15,21 +15,20 @@ import (
 
 // Types of ICMP for IPv4.
 const (
-	icmpEchoReply          = 0
-	icmpUnreachable        = 3
-	icmpSourceQuench       = 4
-	icmpRedirect           = 5
-	icmpEchoRequest        = 8
-	icmpTimeExceeded       = 11
-	icmpParameterProblem   = 12
-	icmpFragNeeded         = 4    // the code of an icmpUnreachable
-	icmpHeaderLen          = 8    // of every message that is read or sent, in both families
-	icmpv4ErrorLen         = 576  // RFC 1812 section 4.3.2.3: an error with its IP header is no longer
-	icmpv6ErrorLen         = 1280 // RFC 4443 section 2.4 (c): "the minimum IPv6 MTU"
-	icmpErrorRate          = 1000 // errors a second, of one Stack
-	icmpErrorBurst         = 50
-	icmpErrorInterval      = int64(time.Second / icmpErrorRate)
-	icmpErrorClockStepBack = int64(time.Second)
+	icmpEchoReply        = 0
+	icmpUnreachable      = 3
+	icmpSourceQuench     = 4
+	icmpRedirect         = 5
+	icmpEchoRequest      = 8
+	icmpTimeExceeded     = 11
+	icmpParameterProblem = 12
+	icmpFragNeeded       = 4    // the code of an icmpUnreachable
+	icmpHeaderLen        = 8    // of every message that is read or sent, in both families
+	icmpv4ErrorLen       = 576  // RFC 1812 section 4.3.2.3: an error with its IP header is no longer
+	icmpv6ErrorLen       = 1280 // RFC 4443 section 2.4 (c): "the minimum IPv6 MTU"
+	icmpErrorRate        = 1000 // errors a second, of one Stack
+	icmpErrorBurst       = 50
+	icmpErrorInterval    = int64(time.Second / icmpErrorRate)
 )
 
 // icmpProto is the protocol number of the ICMP that goes with an IP version.
@@ -185,7 +184,7 @@ func (s *Stack) sendTooBig(quoted []byte, mtu int, l *link) error {
 // sendError sends an ICMP error about p from the address src, unless there were
 // many. The fourth to eighth byte of the message hold param.
 func (s *Stack) sendError(p *ipPacket, src ipAddr, typ, code uint8, param uint32, l *link) error {
-	if !s.mayAnswer(l.ns, limitICMP, time.Now()) {
+	if !s.mayAnswer(l.ns, limitICMP, s.now()) {
 		s.count(icmpRateLimited)
 		return nil
 	}
@@ -300,28 +299,25 @@ func isICMPError(p *ipPacket) bool {
 // tokenBucket limits how often something happens, after a burst (RFC 4443 section
 // 2.4 (f)). The zero value is full. Its methods may be called concurrently.
 type tokenBucket struct {
-	// full is when the bucket will be full again, in nanoseconds since 1970:
+	// full is when the bucket will be full again, in nanoseconds as a moment is:
 	// each token taken puts that off by one interval.
 	full atomic.Int64
 }
 
 // take takes a token, if there is one, of a bucket of icmpErrorBurst that gets
 // icmpErrorRate in a second.
-func (b *tokenBucket) take(now time.Time) bool {
+func (b *tokenBucket) take(now moment) bool {
 	return b.takeEvery(now, icmpErrorInterval, icmpErrorBurst)
 }
 
 // takeEvery takes a token, if there is one, of a bucket of burst that gets one in
 // every interval of nanoseconds.
-func (b *tokenBucket) takeEvery(now time.Time, interval, burst int64) bool {
+func (b *tokenBucket) takeEvery(now moment, interval, burst int64) bool {
 	depth := burst * interval
-	t := now.UnixNano()
+	t := int64(now)
 	for {
 		old := b.full.Load()
 		from := max(old, t)
-		if from > t+depth+icmpErrorClockStepBack {
-			from = t // the clock was set back since
-		}
 		next := from + interval
 		if next > t+depth {
 			return false
@@ -333,7 +329,7 @@ func (b *tokenBucket) takeEvery(now time.Time, interval, burst int64) bool {
 }
 
 // isFull reports whether nothing is missing from b.
-func (b *tokenBucket) isFull(now time.Time) bool { return b.full.Load() <= now.UnixNano() }
+func (b *tokenBucket) isFull(now moment) bool { return b.full.Load() <= int64(now) }
 
 // takeError takes an ICMP error of the namespace that is about a packet that a
 // flow has sent: one that came to no one, of DialContext; or one that was too long

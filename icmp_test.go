@@ -539,7 +539,7 @@ func TestUnreachableRateLimit(t *testing.T) {
 
 func TestTokenBucket(t *testing.T) {
 	var b tokenBucket
-	now := time.Date(2024, 1, 1, 0, 0, 0, 0, time.UTC)
+	now := moment(100 * time.Hour)
 	take := func(at time.Duration, want int) {
 		t.Helper()
 		got := 0
@@ -559,10 +559,8 @@ func TestTokenBucket(t *testing.T) {
 	take(11*time.Millisecond, 10)
 	take(12*time.Millisecond-1, 0)
 	take(12*time.Millisecond, 1)
-	take(time.Hour, 50)     // never more than the burst
-	take(time.Hour-1e6, 0)  // a caller that read the clock a little earlier
-	take(-24*time.Hour, 50) // the clock was set back
-	take(-24*time.Hour+5e6, 5)
+	take(time.Hour, 50)    // never more than the burst
+	take(time.Hour-1e6, 0) // a caller that read the clock a little earlier
 	total := 0
 	for at := 2 * time.Hour; at < 2*time.Hour+10*time.Second; at += 100 * time.Microsecond {
 		if b.take(now.Add(at)) {
@@ -578,7 +576,7 @@ func TestTokenBucketConcurrent(t *testing.T) {
 	var b tokenBucket
 	var got atomic.Int64
 	var wg sync.WaitGroup
-	now := time.Date(2024, 1, 1, 0, 0, 0, 0, time.UTC)
+	now := moment(100 * time.Hour)
 	for range 8 {
 		wg.Add(1)
 		go func() {

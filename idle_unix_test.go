@@ -83,7 +83,7 @@ func (r *idleRig) connect() (*tcpConn, *guest, *net.TCPConn) {
 func (r *idleRig) rests(c *tcpConn) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.lookAt.IsZero() || c.silent || c.calledBack {
+	if c.lookAt != 0 || c.silent || c.calledBack {
 		return false
 	}
 	running := otherGoroutines()
@@ -146,7 +146,7 @@ func restNow(c *tcpConn) bool {
 	c.mu.Lock()
 	silent := c.silent && !c.calledBack && !c.gone
 	if silent {
-		c.idle, c.lookAt = true, time.Now()
+		c.idle, c.lookAt = true, c.stack.now()
 	}
 	c.mu.Unlock()
 	c.onTimer()
@@ -238,7 +238,7 @@ func (r *idleRig) hold(c *tcpConn) bool {
 		c.mu.Lock()
 		waits := c.silent && !c.calledBack
 		if waits {
-			c.lookAt = time.Now().Add(patience)
+			c.lookAt = c.stack.now().Add(patience)
 		}
 		c.mu.Unlock()
 		if waits || r.rests(c) {
@@ -284,11 +284,11 @@ func TestIdleAfterWriter(t *testing.T) {
 	eachRest(t, func(t *testing.T, r *idleRig) {
 		c, g, far := r.connect()
 		r.rest(c)
-		returned := make(chan time.Time, 1)
+		returned := make(chan moment, 1)
 		r.setHook(func([]byte) error {
 			r.setHook(nil)
 			time.Sleep(2 * idleAfter)
-			returned <- time.Now()
+			returned <- c.stack.now()
 			return nil
 		})
 		putText(t, far, "down")
@@ -296,13 +296,13 @@ func TestIdleAfterWriter(t *testing.T) {
 		since := <-returned
 		for looked := false; !looked; time.Sleep(idleAfter / 100) {
 			c.mu.Lock()
-			if !c.lookAt.IsZero() && c.silent {
+			if c.lookAt != 0 && c.silent {
 				looked = true
-				if c.lookAt.Before(since.Add(idleAfter)) {
+				if c.lookAt < since.Add(idleAfter) {
 					t.Errorf("lookAt %v and timerAt %v after the Writer has returned", c.lookAt.Sub(since), c.timerAt.Sub(since))
 				}
 			}
-			looked = looked || time.Since(since) > 2*idleAfter // this machine is too slow to see it
+			looked = looked || c.stack.now().Sub(since) > 2*idleAfter // this machine is too slow to see it
 			c.mu.Unlock()
 		}
 	})

@@ -170,7 +170,7 @@ func (s *Stack) listening(key *flowKey) bool {
 
 // openListener begins a flow to a listener. It reports false if there is none
 // for the destination.
-func (s *Stack) openListener(now time.Time, key *flowKey, seg *tcp.Segment, l *link, old *tcpConn) (done bool, err error) {
+func (s *Stack) openListener(now moment, key *flowKey, seg *tcp.Segment, l *link, old *tcpConn) (done bool, err error) {
 	if !s.listening(key) {
 		return false, nil
 	}
@@ -219,7 +219,7 @@ const evictAfter = time.Second
 // admit reports whether one more handshake may begin, and which one it replaces,
 // if any. Every handshake has its place in the accept queue. The namespaces do not
 // get into each other's way. The caller holds stack.mu.
-func (l *Listener) admit(now time.Time, ns uintptr) (evict *tcpConn, ok bool) {
+func (l *Listener) admit(now moment, ns uintptr) (evict *tcpConn, ok bool) {
 	cfg := &l.stack.cfg
 	halfOpen, waiting := 0, 0
 	for _, c := range l.halfOpen {
@@ -353,7 +353,7 @@ func (s *Stack) dialTCP(ctx context.Context, network, address string) (*VirtualC
 	key.proto = protoTCP
 	var c *tcpConn
 	if err == nil {
-		now := time.Now()
+		now := s.now()
 		c = s.newTCPConn(&key, &l, now)
 		err = s.insertActive(c, now)
 	}
@@ -403,7 +403,7 @@ func (s *Stack) dialTarget(ctx context.Context, network, address string) (key fl
 
 // insertActive enters c in the table under a free port of the stack's, which is
 // not to be guessed (RFC 6056).
-func (s *Stack) insertActive(c *tcpConn, now time.Time) error {
+func (s *Stack) insertActive(c *tcpConn, now moment) error {
 	const n = 1<<16 - firstDynamicPort
 	first := rand.IntN(n)
 	for i := range n {
@@ -423,7 +423,7 @@ func (s *Stack) insertActive(c *tcpConn, now time.Time) error {
 // ends.
 func (c *tcpConn) waitConnected(ctx context.Context) error {
 	c.mu.Lock()
-	c.flush(time.Now())
+	c.flush(c.stack.now())
 	stop := context.AfterFunc(ctx, func() {
 		c.mu.Lock()
 		c.writable.Broadcast()
@@ -446,7 +446,7 @@ func (c *tcpConn) waitConnected(ctx context.Context) error {
 		}
 		if err := ctx.Err(); err != nil {
 			c.tcb.Abort()
-			c.flush(time.Now())
+			c.flush(c.stack.now())
 			return err
 		}
 		c.writable.Wait()
@@ -463,7 +463,7 @@ func (c *tcpConn) icmpError(kind unreachable, seq uint32) bool {
 		return false
 	}
 	c.icmp = kind.errno()
-	c.flush(time.Now())
+	c.flush(c.stack.now())
 	return true
 }
 
@@ -545,7 +545,7 @@ func (c *VirtualConn) Read(b []byte) (int, error) {
 			return 0, nil
 		}
 		if n := f.tcb.Read(b); n > 0 {
-			f.flushTurn(time.Now(), maxTurn)
+			f.flushTurn(f.stack.now(), maxTurn)
 			return n, nil
 		}
 		f.readable.Wait()
@@ -592,7 +592,7 @@ func (c *VirtualConn) Write(b []byte) (n int, err error) {
 		}
 		m := f.tcb.Write(b[n:])
 		if n += m; m > 0 {
-			f.flush(time.Now())
+			f.flush(f.stack.now())
 			f.mu.Lock()
 		}
 		if n == len(b) {
@@ -637,7 +637,7 @@ func (c *VirtualConn) Close() error {
 	c.closed = true
 	c.read.set(time.Time{}, &f.readable)
 	c.write.set(time.Time{}, &f.writable)
-	now := time.Now()
+	now := f.stack.now()
 	switch {
 	case c.linger == 0:
 		f.tcb.Abort()
@@ -692,7 +692,7 @@ func (c *VirtualConn) shut(op string, do func()) error {
 	do()
 	f.readable.Broadcast()
 	f.writable.Broadcast()
-	f.flushTurn(time.Now(), maxTurn)
+	f.flushTurn(f.stack.now(), maxTurn)
 	return nil
 }
 
@@ -758,7 +758,7 @@ func (s *Stack) dialUDP(ctx context.Context, network, address string) (net.Conn,
 	key, l, err := s.dialTarget(ctx, network, address)
 	key.proto = protoUDP
 	if err == nil {
-		f := s.newUDPFlow(&key, &l, time.Now())
+		f := s.newUDPFlow(&key, &l, s.now())
 		f.conn = &datagramConn{flow: f}
 		f.conn.readable.L = &f.mu
 		err = s.insertDialedUDP(f)

@@ -286,7 +286,7 @@ type share struct {
 
 // mayAnswer reports whether an answer of a kind may be sent to a namespace now, and
 // counts it.
-func (s *Stack) mayAnswer(ns uintptr, kind limited, now time.Time) bool {
+func (s *Stack) mayAnswer(ns uintptr, kind limited, now moment) bool {
 	sh := s.shareOf(ns, now)
 	return sh.most[kind].take(now) &&
 		(s.limits[kind].take(now) || sh.own[kind].takeEvery(now, shareInterval, shareBurst))
@@ -294,7 +294,7 @@ func (s *Stack) mayAnswer(ns uintptr, kind limited, now time.Time) bool {
 
 // shareOf returns the share of a namespace. Those that have not been used for a
 // while are forgotten when there are many.
-func (s *Stack) shareOf(ns uintptr, now time.Time) *share {
+func (s *Stack) shareOf(ns uintptr, now moment) *share {
 	s.mu.RLock()
 	sh := s.shares[ns]
 	s.mu.RUnlock()
@@ -315,7 +315,7 @@ func (s *Stack) shareOf(ns uintptr, now time.Time) *share {
 	return sh
 }
 
-func (sh *share) isFull(now time.Time) bool {
+func (sh *share) isFull(now moment) bool {
 	for i := range sh.most {
 		if !sh.most[i].isFull(now) || !sh.own[i].isFull(now) {
 			return false

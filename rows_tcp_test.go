@@ -52,7 +52,7 @@ func (g *guest) segmentAt(flags string, seq, ack uint32, payload []byte) segment
 // beginAt makes the stack's initial sequence number be iss, if the connection
 // begins now.
 func (g *guest) beginAt(iss uint32) {
-	now := g.s.tcbConfig(g.key(), time.Now(), nil).ISS
+	now := g.s.tcbConfig(g.key(), g.s.now(), nil).ISS
 	g.s.epoch = g.s.epoch.Add(-time.Duration(iss-now) * 4 * time.Microsecond)
 }
 

@@ -19,6 +19,7 @@ import (
 	"github.com/KarpelesLab/slirp/internal/egress"
 	"github.com/KarpelesLab/slirp/internal/hostio"
 	"github.com/KarpelesLab/slirp/internal/reassembly"
+	"github.com/KarpelesLab/slirp/internal/tcp"
 )
 
 // Errors that [Stack.HandlePacket] returns for a packet that is not an IP packet
@@ -378,7 +379,7 @@ type Stack struct {
 	ctx        context.Context // ends with Close
 	cancel     context.CancelFunc
 	isnSecret  [32]byte
-	epoch      time.Time // of the ISN clock
+	epoch      time.Time // zero of the clock, see moment
 	counters   counters
 	limits     [numLimited]tokenBucket
 	fragmentID fragmentIDs
@@ -426,7 +427,7 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 	s := &Stack{
 		cfg:       cfg,
 		ownDial:   ownDial,
-		epoch:     time.Now(),
+		epoch:     time.Now().Add(-clockLead),
 		flows:     make(map[flowKey]flow),
 		accounts:  make(map[uintptr]*account),
 		listeners: make(map[listenKey]*Listener),
@@ -470,36 +471,46 @@ func (s *Stack) HandlePackets(namespace uintptr, clientMAC [6]byte, gwMAC [6]byt
 			first = err
 		}
 		if !t.silent {
-			t.time = time.Time{}
+			t.time = 0
 		}
 	}
 	if err := t.end(); err != nil && first == nil {
 		first = err
 	}
-	t.time = time.Time{}
+	t.time = 0
 	turns.Put(t)
 	return first
 }
+
+// moment is a time of the Stack's own clock, as the rules of TCP have it.
+type moment = tcp.Time
+
+// clockLead is what that clock shows when a Stack begins. It is never at 0 then, not in
+// a bubble of testing/synctest either, where it is the year 2000 again.
+const clockLead = 100 * 365 * 24 * time.Hour
+
+// now reads the clock.
+func (s *Stack) now() moment { return moment(time.Since(s.epoch)) }
 
 // turn is a call of HandlePackets: the flows that have taken segments in it, and
 // answer when it ends, and the datagrams that go to the host together.
 type turn struct {
 	flows  []*tcpConn
 	burst  burst
-	time   time.Time // of the packets at hand; zero: not known
-	silent bool      // the packet at hand waits for the end, so no Writer was called for it
+	time   moment // of the packets at hand; 0: not known
+	silent bool   // the packet at hand waits for the end, so no Writer was called for it
 }
 
 var turns = sync.Pool{New: func() any { return new(turn) }}
 
 // now returns the time for a packet. Those of a turn have come together, but a Writer
 // that is called between them may take any time.
-func (t *turn) now() time.Time {
+func (t *turn) now(s *Stack) moment {
 	if t == nil {
-		return time.Now()
+		return s.now()
 	}
-	if t.time.IsZero() {
-		t.time = time.Now()
+	if t.time == 0 {
+		t.time = s.now()
 	}
 	return t.time
 }
@@ -531,7 +542,7 @@ func (t *turn) end() (first error) {
 			c.mu.Unlock()
 			continue
 		}
-		if err := c.flushTurn(time.Now(), maxTurn); err != nil && first == nil {
+		if err := c.flushTurn(c.stack.now(), maxTurn); err != nil && first == nil {
 			first = err
 		}
 	}
@@ -801,7 +812,7 @@ const (
 
 // log tells the logger, if there is one, what happened to a flow.
 func (s *Stack) log(what flowNews, key *flowKey, args ...any) {
-	if s.cfg.Logger != nil && s.logLimits[what].takeEvery(time.Now(), int64(logInterval), logBurst) {
+	if s.cfg.Logger != nil && s.logLimits[what].takeEvery(s.now(), int64(logInterval), logBurst) {
 		f := key.flow()
 		s.cfg.Logger.Debug(what.String(), append(args, "namespace", f.Namespace, "network", f.Network,
 			"guest", f.Source, "host", f.Destination)...)

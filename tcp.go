@@ -43,12 +43,12 @@ func (s *Stack) handleTCP(p *ipPacket, l *link, t *turn) error {
 		s.remove(&key, old)
 	}
 	s.learn(guestKey{l.ns, p.src, uintptr(p.version)}, l)
-	return s.handleNoFlow(t.now(), &key, &seg, p, l, old)
+	return s.handleNoFlow(t.now(s), &key, &seg, p, l, old)
 }
 
 // handleNoFlow takes a segment that belongs to no flow: LISTEN and CLOSED of RFC
 // 9293 section 3.10.7. Old is the connection that it makes way for, if any.
-func (s *Stack) handleNoFlow(now time.Time, key *flowKey, seg *tcp.Segment, p *ipPacket, l *link, old *tcpConn) error {
+func (s *Stack) handleNoFlow(now moment, key *flowKey, seg *tcp.Segment, p *ipPacket, l *link, old *tcpConn) error {
 	switch seg.Flags & (tcp.SYN | tcp.ACK | tcp.RST | tcp.FIN) {
 	case tcp.SYN:
 		if done, err := s.openListener(now, key, seg, l, old); done {
@@ -89,7 +89,7 @@ func (s *Stack) sendSegment(key *flowKey, seg *tcp.Segment, l *link) error {
 // sequence number is that of RFC 6528 section 3, above that of the connection it
 // replaces (RFC 6191). The timestamps begin at an offset that nobody can guess (RFC
 // 7323 section 5.4), and go on where those of an older connection have stopped.
-func (s *Stack) tcbConfig(key *flowKey, now time.Time, old *tcpConn) tcp.Config {
+func (s *Stack) tcbConfig(key *flowKey, now moment, old *tcpConn) tcp.Config {
 	b := make([]byte, 0, 128)
 	b = append(b, s.isnSecret[:]...)
 	b = binary.BigEndian.AppendUint64(b, uint64(key.ns))
@@ -98,7 +98,7 @@ func (s *Stack) tcbConfig(key *flowKey, now time.Time, old *tcpConn) tcp.Config 
 	b = binary.BigEndian.AppendUint16(b, key.hostPort)
 	b = binary.BigEndian.AppendUint16(b, key.version)
 	h := sha256.Sum256(b)
-	iss := binary.BigEndian.Uint32(h[:]) + uint32(now.Sub(s.epoch)/(4*time.Microsecond))
+	iss := binary.BigEndian.Uint32(h[:]) + uint32(now.Sub(0)/(4*time.Microsecond))
 	if old != nil {
 		iss = old.above(iss)
 	}
@@ -106,7 +106,7 @@ func (s *Stack) tcbConfig(key *flowKey, now time.Time, old *tcpConn) tcp.Config 
 		LocalPort: key.hostPort, RemotePort: key.guestPort,
 		MSS: transportMSS(key.version, s.cfg.MTU), DefaultMSS: defaultMSS(key.version),
 		SendBuffer: s.cfg.SendBuffer, ReceiveBuffer: s.cfg.ReceiveBuffer,
-		ISS: iss, TSOffset: binary.BigEndian.Uint32(h[4:]) + uint32(now.Sub(s.epoch)/time.Millisecond),
+		ISS: iss, TSOffset: binary.BigEndian.Uint32(h[4:]) + uint32(now.Sub(0)/time.Millisecond),
 	}
 	if s.cfg.VirtioNetHeader {
 		cfg.Offload = maxIPLength - ipHeaderLen(key.version) - tcp.MaxHeaderLen
@@ -151,7 +151,7 @@ func quoteOf(p *ipPacket) []byte {
 
 // openHost begins a NAT flow: the host is dialed on a goroutine of its own, and
 // the SYN is answered when that has ended.
-func (s *Stack) openHost(now time.Time, key *flowKey, seg *tcp.Segment, p *ipPacket, l *link, old *tcpConn) error {
+func (s *Stack) openHost(now moment, key *flowKey, seg *tcp.Segment, p *ipPacket, l *link, old *tcpConn) error {
 	c := s.newTCPConn(key, l, now)
 	ctx, cancel := s.context(key.flow())
 	c.opening = &opening{syn: *seg, packet: quoteOf(p), old: old, cancel: cancel}
@@ -223,7 +223,7 @@ func (c *tcpConn) run(ctx context.Context) {
 	} else {
 		s.log(flowOpened, &c.key)
 	}
-	now := time.Now()
+	now := c.stack.now()
 	cfg := s.tcbConfig(&c.key, now, c.opening.old)
 
 	c.mu.Lock()
@@ -388,7 +388,7 @@ func (c *tcpConn) readHost() {
 			c.hostEnded(err)
 			return
 		}
-		c.flush(time.Now())
+		c.flush(c.stack.now())
 	}
 }
 
@@ -402,8 +402,8 @@ const idleAfter = 25 * time.Millisecond
 // hostSilent notes that there is nothing to read from host. It is called with c.mu held.
 func (c *tcpConn) hostSilent() {
 	c.silent = true
-	if c.lookAt.IsZero() && c.stream.OK() {
-		now := time.Now() // the Writer may have taken any time
+	if c.lookAt == 0 && c.stream.OK() {
+		now := c.stack.now() // the Writer may have taken any time
 		c.idle = true
 		c.lookAt = now.Add(idleAfter)
 		c.setTimer(now)
@@ -462,8 +462,8 @@ func (c *tcpConn) waitWritable() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for !c.gone && c.tcb.Free() == 0 && c.tcb.State() != tcp.Closed {
-		if c.stream.OK() && c.lookAt.IsZero() {
-			now := time.Now()
+		if c.stream.OK() && c.lookAt == 0 {
+			now := c.stack.now()
 			c.lookAt = now.Add(lookInterval)
 			c.setTimer(now)
 		}
@@ -479,19 +479,19 @@ const lookInterval = 2 * time.Second
 
 // lookAtHost looks at what the reader of host waits for, when it is time. It reports
 // whether the caller is to call restReader. It is called with c.mu held.
-func (c *tcpConn) lookAtHost(now time.Time) (rest bool) {
+func (c *tcpConn) lookAtHost(now moment) (rest bool) {
 	switch {
-	case c.lookAt.IsZero() || now.Before(c.lookAt):
+	case c.lookAt == 0 || now < c.lookAt:
 	case c.readWaits:
 		c.lookForFailure(now)
 	case c.idle && !c.calledBack:
-		c.lookAt, c.calledBack = time.Time{}, true
+		c.lookAt, c.calledBack = 0, true
 		return true
 	case c.silent && !c.calledBack:
 		c.idle = true
 		c.lookAt = now.Add(idleAfter)
 	default:
-		c.lookAt = time.Time{}
+		c.lookAt = 0
 	}
 	return false
 }
@@ -500,7 +500,7 @@ func (c *tcpConn) lookAtHost(now time.Time) (rest bool) {
 // want of room: only a guest that takes what is there would have it read otherwise. It
 // is called with c.mu held, so that nobody reads meanwhile: the error that it finds is
 // told once, and a read would take what follows for the end of the data.
-func (c *tcpConn) lookForFailure(now time.Time) {
+func (c *tcpConn) lookForFailure(now moment) {
 	if c.stream.Failure() != nil {
 		c.readDone = true
 		c.tcb.Abort()
@@ -521,12 +521,12 @@ func (c *tcpConn) hostEnded(err error) {
 		for c.ending = true; c.emitting && !c.gone; {
 			c.writable.Wait()
 		}
-		c.flush(time.Now())
+		c.flush(c.stack.now())
 		c.mu.Lock()
 		c.tcb.Abort()
 	}
 	done := c.writeDone
-	c.flush(time.Now())
+	c.flush(c.stack.now())
 	if done {
 		c.host.Close()
 	}
@@ -559,21 +559,21 @@ func (cfg *Config) holds() int {
 
 // toDeliver reports whether the caller is to call deliver, for which it then has the
 // right. It is called with c.mu held.
-func (c *tcpConn) toDeliver(now time.Time) bool {
+func (c *tcpConn) toDeliver(now moment) bool {
 	n := c.tcb.Buffered()
 	if c.host == nil || c.pumping || c.writeDone || c.gone || n == 0 && !c.tcb.EOF() {
 		return false
 	}
 	if !c.tcb.Pushed() && n < c.stack.cfg.holds() && c.stream.OK() {
 		switch {
-		case c.heldUntil.IsZero():
+		case c.heldUntil == 0:
 			c.heldUntil = now.Add(holdTime)
 			return false
-		case now.Before(c.heldUntil):
+		case now < c.heldUntil:
 			return false
 		}
 	}
-	c.pumping, c.heldUntil = true, time.Time{}
+	c.pumping, c.heldUntil = true, 0
 	c.stack.goroutines.Add(1)
 	return true
 }
@@ -620,7 +620,7 @@ func (c *tcpConn) wrote(n int, err error) {
 	if err != nil {
 		c.hostFailed()
 	}
-	c.flushTurn(time.Now(), maxTurn)
+	c.flushTurn(c.stack.now(), maxTurn)
 }
 
 // nextForHost lends what is to be written to the host next. When there is

@@ -19,7 +19,7 @@ type tcpConn struct {
 	stack *Stack
 	key   flowKey
 
-	opened time.Time   // when the SYN came; never changes
+	opened moment      // when the SYN came; never changes
 	memory *tcp.Memory // of the namespace, set once, with stack.mu held
 
 	// Guarded by stack.mu.
@@ -29,8 +29,8 @@ type tcpConn struct {
 
 	mu         sync.Mutex // guards what follows
 	link       link
-	learned    time.Time // when the guest's entry was last refreshed
-	opening    *opening  // while the host is dialed; tcb is nil then
+	learned    moment   // when the guest's entry was last refreshed
+	opening    *opening // while the host is dialed; tcb is nil then
 	tcb        *tcp.TCB
 	gone       bool  // the table forgets it: a packet for it belongs to no flow
 	emitting   bool  // some goroutine hands frames to the Writer
@@ -38,7 +38,7 @@ type tcpConn struct {
 	shortened  uint8 // how often pathMTU has made the segments shorter
 	turn       *turn // of the latest HandlePackets that it is to answer at the end of
 	timer      *time.Timer
-	timerAt    time.Time // when timer fires; zero: it does not
+	timerAt    moment // when timer fires; 0: it does not
 
 	readable, writable sync.Cond // on mu
 
@@ -47,8 +47,8 @@ type tcpConn struct {
 	// The relay of a NAT flow.
 	host        net.Conn      // set once, with tcb
 	stream      hostio.Stream // that host is
-	heldUntil   time.Time     // when bytes that wait for more are written; zero: none do
-	lookAt      time.Time     // when lookAtHost is to be called; zero: it is not
+	heldUntil   moment        // when bytes that wait for more are written; 0: none do
+	lookAt      moment        // when lookAtHost is to be called; 0: it is not
 	pumping     bool          // a goroutine writes to host
 	readWaits   bool          // for room in the send buffer
 	silent      bool          // readHost waits for host to have something to read
@@ -64,26 +64,16 @@ type tcpConn struct {
 }
 
 // newTCPConn returns a flow that is not in the table yet.
-func (s *Stack) newTCPConn(key *flowKey, l *link, now time.Time) *tcpConn {
+func (s *Stack) newTCPConn(key *flowKey, l *link, now moment) *tcpConn {
 	c := &tcpConn{stack: s, key: *key, link: *l, opened: now, learned: now}
 	c.readable.L, c.writable.L = &c.mu, &c.mu
 	return c
 }
 
-// now returns the time for a segment. Without a turn only the clock that never jumps is
-// read, and the flow's own beginning says what o'clock that is: there is one reading for
-// every segment, and to read both clocks takes twice as long.
-func (c *tcpConn) now(t *turn) time.Time {
-	if t != nil {
-		return t.now()
-	}
-	return c.opened.Add(time.Since(c.opened))
-}
-
 // handle takes a segment of the flow. It reports false when the flow is gone, or
 // makes way for the connection that the segment begins.
 func (c *tcpConn) handle(seg *tcp.Segment, p *ipPacket, l *link, t *turn) (ok bool, err error) {
-	now := c.now(t)
+	now := t.now(c.stack)
 	c.mu.Lock()
 	if c.gone {
 		c.mu.Unlock()
@@ -119,7 +109,7 @@ func (c *tcpConn) handle(seg *tcp.Segment, p *ipPacket, l *link, t *turn) (ok bo
 // It is called with c.mu held and returns without it. The error is that of the
 // Writer. It is for whoever has written the bytes that are sent: anyone else may be
 // kept at it for ever, and takes a turn.
-func (c *tcpConn) flush(now time.Time) error { return c.flushTurn(now, math.MaxInt) }
+func (c *tcpConn) flush(now moment) error { return c.flushTurn(now, math.MaxInt) }
 
 // maxTurn bounds the frames that a guest's packet, a timer or a reader sends at a
 // time. An ACK may free any number of them, and others wait meanwhile.
@@ -127,7 +117,7 @@ const maxTurn = 64
 
 // flushTurn is flush, with a bound on the frames that are sent. The timer does the
 // rest.
-func (c *tcpConn) flushTurn(now time.Time, frames int) error {
+func (c *tcpConn) flushTurn(now moment, frames int) error {
 	ev := c.tcb.Events()
 	deliver := c.wake(now, ev)
 	unread := c.tcb.Buffered() > 0
@@ -152,7 +142,7 @@ func (c *tcpConn) flushTurn(now time.Time, frames int) error {
 // one call at a time: if another goroutine is at it, that one goes on. Then it sets
 // the timer. It is called with c.mu held, which it releases for each call of the
 // Writer.
-func (c *tcpConn) emit(now time.Time, n int) (first error) {
+func (c *tcpConn) emit(now moment, n int) (first error) {
 	if c.emitting {
 		c.setTimer(now)
 		return nil
@@ -184,7 +174,7 @@ func (c *tcpConn) emit(now time.Time, n int) (first error) {
 		if c.tcb.Quiet() {
 			break
 		}
-		now = time.Now()
+		now = s.now()
 	}
 	s.putSlab(b)
 	c.emitting, c.unfinished = false, n <= 0
@@ -197,7 +187,7 @@ func (c *tcpConn) emit(now time.Time, n int) (first error) {
 
 // build cuts frames with the segments that are due from b, up to n of them and as
 // far as its memory goes, and reports whether there are any.
-func (c *tcpConn) build(now time.Time, b *slab, n int) bool {
+func (c *tcpConn) build(now moment, b *slab, n int) bool {
 	hl, size := c.link.headerLen(c.key.version), c.link.front()+etherHeaderLen+c.stack.maxPacket()
 	for b.grow(size); len(b.frames) < n && len(b.free) >= size; {
 		m := c.tcb.Output(now, b.free[hl:size])
@@ -222,7 +212,7 @@ func (c *tcpConn) pathMTU(size int, seq uint32) (took bool, err error) {
 	if c.shortened >= maxShortened {
 		size = pathMTUFloor(c.key.version)
 	}
-	now := time.Now()
+	now := c.stack.now()
 	if c.gone || c.tcb == nil || !c.tcb.PathMTU(now, transportMSS(c.key.version, size), seq) {
 		c.mu.Unlock()
 		return false, nil
@@ -233,24 +223,24 @@ func (c *tcpConn) pathMTU(size int, seq uint32) (took bool, err error) {
 
 // setTimer has onTimer called when the TCB wants it. A deadline that moves away
 // leaves the timer alone: it fires in vain then, and is set again.
-func (c *tcpConn) setTimer(now time.Time) {
+func (c *tcpConn) setTimer(now moment) {
 	d := c.tcb.Deadline()
-	if !c.heldUntil.IsZero() && (d.IsZero() || c.heldUntil.Before(d)) {
+	if c.heldUntil != 0 && (d == 0 || c.heldUntil < d) {
 		d = c.heldUntil
 	}
-	if !c.lookAt.IsZero() && (d.IsZero() || c.lookAt.Before(d)) && !c.gone {
+	if c.lookAt != 0 && (d == 0 || c.lookAt < d) && !c.gone {
 		d = c.lookAt
 	}
 	if c.unfinished {
 		d = now
 	}
 	switch {
-	case d.IsZero():
+	case d == 0:
 		if c.timer != nil {
 			c.timer.Stop()
-			c.timerAt = time.Time{}
+			c.timerAt = 0
 		}
-	case c.timerAt.IsZero() || d.Before(c.timerAt):
+	case c.timerAt == 0 || d < c.timerAt:
 		c.timerAt = d
 		if c.timer == nil {
 			c.timer = time.AfterFunc(d.Sub(now), c.onTimer)
@@ -278,8 +268,8 @@ func (c *tcpConn) onTimer() {
 		return
 	}
 	defer c.stack.goroutines.Done()
-	c.timerAt = time.Time{}
-	now := time.Now()
+	c.timerAt = 0
+	now := c.stack.now()
 	c.tcb.Advance(now)
 	rest := c.lookAtHost(now)
 	c.flushTurn(now, maxTurn)
@@ -290,7 +280,7 @@ func (c *tcpConn) onTimer() {
 
 // wake tells whoever waits for the flow, and reports whether the caller is to call
 // deliver. It is called with c.mu held.
-func (c *tcpConn) wake(now time.Time, ev tcp.Events) (deliver bool) {
+func (c *tcpConn) wake(now moment, ev tcp.Events) (deliver bool) {
 	if ev&tcp.EventClosed != 0 {
 		c.gone = true
 		if c.tcb.Reason() != tcp.None {
@@ -349,7 +339,7 @@ func (c *tcpConn) giveUp() {
 	}
 	defer c.stack.goroutines.Done()
 	c.tcb.Abort()
-	c.flush(time.Now())
+	c.flush(c.stack.now())
 }
 
 // endSoon resets both sides of the flow on a goroutine of its own: its Writer may
@@ -377,5 +367,5 @@ func (c *tcpConn) end() {
 		return
 	}
 	c.tcb.Abort()
-	c.flush(time.Now())
+	c.flush(c.stack.now())
 }

@@ -1067,8 +1067,8 @@ func TestT035_ISN(t *testing.T) {
 		same := 0
 		for i := range n {
 			key.guestPort = uint16(i)
-			a := m.s.tcbConfig(key, time.Now(), nil)
-			b := other.s.tcbConfig(key, time.Now(), nil)
+			a := m.s.tcbConfig(key, m.s.now(), nil)
+			b := other.s.tcbConfig(key, other.s.now(), nil)
 			if a.ISS == b.ISS || a.ISS == a.TSOffset {
 				same++
 			}
@@ -1790,9 +1790,9 @@ func TestTimestampsGoOn(t *testing.T) {
 	inBubble(t, func(t *testing.T, fam family) {
 		m, _ := newRig(t, Config{})
 		key := &flowKey{0, ipAddrFrom(fam.guest), ipAddrFrom(fam.stack), 22, 50000, protoTCP, uint16(fam.version)}
-		first := m.s.tcbConfig(key, time.Now(), nil)
+		first := m.s.tcbConfig(key, m.s.now(), nil)
 		time.Sleep(10 * time.Second)
-		second := m.s.tcbConfig(key, time.Now(), nil)
+		second := m.s.tcbConfig(key, m.s.now(), nil)
 		if int32(second.TSOffset-(first.TSOffset+10000)) < 0 {
 			t.Error("the next connection of the same addresses and ports begins with an older timestamp")
 		}

@@ -367,7 +367,7 @@ func heldRig(t *testing.T, fam family, mtu int) (*guest, *tcpConn) {
 // flow began.
 func (g *guest) hold(c *tcpConn, payload []byte) (written int) {
 	c.mu.Lock()
-	c.heldUntil = time.Now().Add(time.Hour) // however slow this machine is
+	c.heldUntil = c.stack.now().Add(time.Hour) // however slow this machine is
 	c.mu.Unlock()
 	g.say(".", payload...)
 	c.mu.Lock()
@@ -412,22 +412,23 @@ func TestHeldBytesFillTheWindow(t *testing.T) {
 	})
 }
 
-// TestFlowClock: a flow reads one clock for its segments, and sees the time of day that
-// all others see, in a bubble too, wherever the Stack was made.
-func TestFlowClock(t *testing.T) {
-	s := New()
-	defer s.Close()
-	check := func(t *testing.T) {
-		c := s.newTCPConn(&flowKey{}, &link{}, time.Now())
+// TestClock: the clock of a Stack never shows 0, which is no time, and goes as all
+// others do, in a bubble too, wherever the Stack was made.
+func TestClock(t *testing.T) {
+	check := func(t *testing.T, s *Stack) {
+		defer s.Close()
+		before, since := s.now(), time.Now()
 		time.Sleep(time.Millisecond)
-		before := time.Now()
-		now := c.now(nil)
-		if after := time.Now(); now.Before(before) || now.After(after) {
-			t.Errorf("it is %v, between %v and %v", now, before, after)
+		least := time.Since(since)
+		now := s.now()
+		if d, most := now.Sub(before), time.Since(since); before <= 0 || d < least || d > most+time.Microsecond {
+			t.Errorf("it was %d, and %v later %v to %v had passed", before, d, least, most)
 		}
 	}
-	check(t)
-	synctest.Test(t, check)
+	check(t, New())
+	outside := New()
+	synctest.Test(t, func(t *testing.T) { check(t, outside) })
+	synctest.Test(t, func(t *testing.T) { check(t, New()) })
 }
 
 // TestReusedFramesOfOthers: with ReuseFrames a frame is left alone until its Writer

@@ -72,7 +72,7 @@ func (s *Stack) handleUDP(p *ipPacket, l *link, t *turn) error {
 		s.count(dropAddress)
 		return nil
 	}
-	now := t.now()
+	now := t.now(s)
 	data := datagram[udpHeaderLen:]
 	for {
 		if f := s.lookupUDP(&key); f != nil {
@@ -117,7 +117,7 @@ func udpDatagram(b []byte) (datagram []byte, ok bool) {
 // openUDP begins a NAT flow with its first datagram: the host is dialed on a
 // goroutine of its own. The error is ErrAddressInUse if there is a flow that the
 // datagram is still to be given to.
-func (s *Stack) openUDP(now time.Time, key *flowKey, data []byte, p *ipPacket, l *link) error {
+func (s *Stack) openUDP(now moment, key *flowKey, data []byte, p *ipPacket, l *link) error {
 	var f *udpFlow
 	var err error
 	endpoint := s.cfg.UDPMapping == UDPMappingEndpoint
@@ -151,7 +151,7 @@ func (s *Stack) openUDP(now time.Time, key *flowKey, data []byte, p *ipPacket, l
 
 // insertUDP enters a NAT flow in the table, and counts a dial if it begins with
 // one. In a namespace that is full a flow without an answer makes way.
-func (s *Stack) insertUDP(f *udpFlow, now time.Time, dial bool) error {
+func (s *Stack) insertUDP(f *udpFlow, now moment, dial bool) error {
 	for {
 		s.mu.Lock()
 		err := s.insert(&f.key, f)
@@ -175,7 +175,7 @@ const maxReclaim = 8
 // reclaimUDP ends the oldest UDP flow of a namespace that is idle and was never
 // answered. It reports false if there is none: flows that were answered stay, and
 // those that may be answered yet.
-func (s *Stack) reclaimUDP(ns uintptr, now time.Time) bool {
+func (s *Stack) reclaimUDP(ns uintptr, now moment) bool {
 	for range maxReclaim {
 		f := s.oldestUnanswered(ns)
 		if f == nil {
@@ -242,7 +242,7 @@ type udpFlow struct {
 
 	mu       sync.Mutex // guards what follows
 	link     link
-	learned  time.Time // when the guest's entry was last refreshed
+	learned  moment    // when the guest's entry was last refreshed
 	gone     bool      // the table forgets it: a datagram for it begins another flow
 	emitting bool      // some goroutine hands frames to the Writer
 	writable sync.Cond // on mu: emitting is false again
@@ -257,7 +257,7 @@ type udpFlow struct {
 	sender   *hostio.Sender     // writes to the host without waiting; nil if that cannot be done
 	queue    datagramQueue      // for the host
 	pumping  bool               // a goroutine writes the queue to the host
-	active   time.Time          // when a datagram last passed, either way; with a mapping, to the host
+	active   moment             // when a datagram last passed, either way; with a mapping, to the host
 	answered bool               // a datagram of the host has passed
 	timer    *time.Timer        // for the idle timeout; nil if there is none
 	failures int                // errors of host since the last datagram, either way
@@ -267,7 +267,7 @@ type udpFlow struct {
 }
 
 // newUDPFlow returns a flow that is not in the table yet.
-func (s *Stack) newUDPFlow(key *flowKey, l *link, now time.Time) *udpFlow {
+func (s *Stack) newUDPFlow(key *flowKey, l *link, now moment) *udpFlow {
 	f := &udpFlow{stack: s, key: *key, link: *l, learned: now, active: now}
 	f.writable.L = &f.mu
 	return f
@@ -278,14 +278,14 @@ func (s *Stack) newUDPFlow(key *flowKey, l *link, now time.Time) *udpFlow {
 // handle takes a datagram of the guest, whose ends are those of key. It reports
 // false when the flow is gone. The error is that of the Writer for an ICMP error
 // sent at once.
-func (f *udpFlow) handle(now time.Time, key *flowKey, data []byte, p *ipPacket, l *link, t *turn) (ok bool, err error) {
+func (f *udpFlow) handle(now moment, key *flowKey, data []byte, p *ipPacket, l *link, t *turn) (ok bool, err error) {
 	f.mu.Lock()
 	if t != nil && t.burst.f == f && f.pumping {
 		// This datagram takes another way: those before it must not come behind it.
 		f.mu.Unlock()
 		err = t.burst.send()
-		t.time = time.Time{}
-		now = t.now()
+		t.time = 0
+		now = t.now(f.stack)
 		f.mu.Lock()
 	}
 	if f.gone {
@@ -565,7 +565,7 @@ func (f *udpFlow) run() {
 	gone := f.gone
 	if !gone && err == nil {
 		f.host, f.sender = host, hostio.NewSender(host)
-		f.active = time.Now()
+		f.active = f.stack.now()
 		f.schedule(f.active)
 		f.startPump()
 	}
@@ -743,7 +743,7 @@ func (b *datagramBuffer) fill(r *hostio.Reader) error {
 // mapping. It reports whether the flow lives on.
 func (f *udpFlow) reply(b *datagramBuffer) bool {
 	f.mu.Lock()
-	now := time.Now()
+	now := f.stack.now()
 	if f.mapping != nil && !f.gone && !f.filter(now, b) {
 		f.mu.Unlock()
 		return true
@@ -775,7 +775,7 @@ func (f *udpFlow) reply(b *datagramBuffer) bool {
 
 // filter drops the datagrams that the mapping does not let pass, and reports whether
 // there are others. The caller holds f.mu.
-func (f *udpFlow) filter(now time.Time, b *datagramBuffer) bool {
+func (f *udpFlow) filter(now moment, b *datagramBuffer) bool {
 	pass := b.list[:0]
 	for _, d := range b.list {
 		if f.mapping.admits(now, d.from) {
@@ -820,7 +820,7 @@ func (f *udpFlow) emit(b *datagramBuffer) (tooLong int, err error) {
 	f.emitting = true
 	s := f.stack
 	e := emission{stack: s, link: f.link, mem: s.getSlab()}
-	stale := time.Since(f.learned) >= learnEvery
+	stale := f.stack.now().Sub(f.learned) >= learnEvery
 	f.mu.Unlock()
 
 	if stale {
@@ -1004,7 +1004,7 @@ func (f *udpFlow) idleTimeout() time.Duration {
 
 // schedule sets the timer for when the flow has been idle for too long. The caller
 // holds f.mu.
-func (f *udpFlow) schedule(now time.Time) {
+func (f *udpFlow) schedule(now moment) {
 	t := f.idleTimeout()
 	if f.gone || t < 0 {
 		return
@@ -1021,7 +1021,7 @@ func (f *udpFlow) schedule(now time.Time) {
 // alone: it fires in vain then, and is set again.
 func (f *udpFlow) onTimer() {
 	f.mu.Lock()
-	now := time.Now()
+	now := f.stack.now()
 	if t := f.idleTimeout(); !f.gone && (t < 0 || now.Sub(f.active) < t) {
 		f.schedule(now)
 		f.mu.Unlock()
@@ -1153,7 +1153,7 @@ type udpMapping struct {
 type destination struct {
 	at     netip.AddrPort
 	place  *list.Element      // in recent; nil until Allow has let it pass
-	last   time.Time          // when the guest sent to it last; valid with place
+	last   moment             // when the guest sent to it last; valid with place
 	queue  datagramQueue      // until it is allowed and there is a socket
 	cancel context.CancelFunc // ends Allow; nil before and after that
 }
@@ -1183,7 +1183,7 @@ func (m *udpMapping) keyTo(at netip.AddrPort) flowKey {
 // accept queues a datagram of the guest, or reports that it is to be written to the
 // host at once. If it returns a destination, begin is to be called for that. The
 // caller holds flow.mu.
-func (m *udpMapping) accept(now time.Time, d *datagram) (begin *destination, direct bool) {
+func (m *udpMapping) accept(now moment, d *datagram) (begin *destination, direct bool) {
 	f, s := m.flow, m.flow.stack
 	m.expire(now)
 	to := m.destinations[d.to]
@@ -1227,7 +1227,7 @@ func (m *udpMapping) opens() bool {
 
 // admit has a destination take part: datagrams go there, and its address may send.
 // The caller holds flow.mu.
-func (m *udpMapping) admit(now time.Time, to *destination) {
+func (m *udpMapping) admit(now moment, to *destination) {
 	to.place, to.last, to.cancel = m.recent.PushBack(to), now, nil
 	m.peers[to.at.Addr()]++
 	m.flow.active = now
@@ -1239,14 +1239,14 @@ func (m *udpMapping) admit(now time.Time, to *destination) {
 // RECOMMENDED that a NAT have an "Endpoint-Independent Filtering" behavior. If a more
 // stringent filtering behavior is most important, it is RECOMMENDED that a NAT have an
 // "Address-Dependent Filtering" behavior" (RFC 4787 REQ-8). The caller holds flow.mu.
-func (m *udpMapping) admits(now time.Time, from netip.AddrPort) bool {
+func (m *udpMapping) admits(now moment, from netip.AddrPort) bool {
 	m.expire(now)
 	return m.peers[from.Addr().Unmap().WithZone("")] > 0
 }
 
 // expire forgets the destinations that the guest has not sent to for
 // UDPIdleTimeout. The caller holds flow.mu.
-func (m *udpMapping) expire(now time.Time) {
+func (m *udpMapping) expire(now moment) {
 	timeout := m.flow.stack.cfg.UDPIdleTimeout
 	if timeout < 0 || m.conn == nil {
 		return
@@ -1349,7 +1349,7 @@ func (m *udpMapping) connect(to *destination) net.PacketConn {
 			m.refuse(err, to)
 			return nil
 		}
-		m.admit(time.Now(), to)
+		m.admit(m.flow.stack.now(), to)
 		if m.conn != nil {
 			m.release(to)
 		}
@@ -1383,7 +1383,7 @@ func (m *udpMapping) connect(to *destination) net.PacketConn {
 	if c, ok := conn.(*net.UDPConn); ok {
 		f.sender = hostio.NewSender(c)
 	}
-	f.active = time.Now()
+	f.active = f.stack.now()
 	f.schedule(f.active)
 	for e := m.recent.Front(); e != nil; e = e.Next() {
 		m.release(e.Value.(*destination))

@@ -62,7 +62,7 @@ var mutants = []mutant{
 		"case off > t.rcv.nxt && off < t.rcv.adv:", "case off > t.rcv.nxt && off <= t.rcv.adv:", rules},
 	{"tcp/SYN resets", "internal/tcp/input.go", "\tt.challenge(now)\n\treturn false\n}\n\n// pawsOutdated", "\tt.close(Reset)\n\treturn false\n}\n\n// pawsOutdated", rules},
 	{"tcp/challenges without a limit", "internal/tcp/input.go",
-		"func (t *TCB) challenge(now time.Time) {\n\tif t.challenged.IsZero() ||", "func (t *TCB) challenge(now time.Time) {\n\tif true ||", rules},
+		"func (t *TCB) challenge(now Time) {\n\tif t.challenged == 0 ||", "func (t *TCB) challenge(now Time) {\n\tif true ||", rules},
 	{"tcp/PAWS off", "internal/tcp/input.go", "return !t.timestamps || !seg.HasTimestamps ||", "return true || !t.timestamps || !seg.HasTimestamps ||", rules},
 	{"tcp/PAWS for ever", "internal/tcp/input.go", "now.Sub(t.tsRecentAt) > pawsOutdated", "now.Sub(t.tsRecentAt) > 2*pawsOutdated", rules},
 	{"tcp/timestamp of the future learnt", "internal/tcp/input.go",
@@ -131,7 +131,7 @@ var mutants = []mutant{
 	// Timers.
 	{"timer/one SYN-ACK less", "internal/tcp/timer.go", "t.retries > limit {", "t.retries >= limit {", rules},
 	{"timer/one keep-alive more", "internal/tcp/timer.go", "t.keepProbes > t.cfg.KeepAlive.Count", "t.keepProbes > t.cfg.KeepAlive.Count+1", rules},
-	{"timer/answered probes count", "internal/tcp/timer.go", "t.probedAt, t.keepProbes = time.Time{}, 0", "t.keepProbes = 0", rules},
+	{"timer/answered probes count", "internal/tcp/timer.go", "t.probedAt, t.keepProbes = 0, 0", "t.keepProbes = 0", rules},
 	{"timer/probes not backed off", "internal/tcp/timer.go", "\t\tt.persistBackoff++\n", "", rules},
 	{"timer/orphan lives on", "internal/tcp/tcb.go", "\t\tt.arm(timerEnd, now, orphanTime)\n\t}\n}", "\t}\n}", rules},
 
@@ -171,7 +171,7 @@ var mutants = []mutant{
 	{"udp/length field ignored", "udp.go", "return b[:n], true", "return b, true", stack},
 	{"icmp/error about an error", "icmp4.go", "p.dst.isUnicast() && !isICMPError(p)", "p.dst.isUnicast()", stack},
 	{"icmp/error about a later fragment", "icmp4.go", "return !p.malformed && p.fragOffset == 0 &&", "return !p.malformed &&", stack},
-	{"icmp/errors without a limit", "icmp4.go", "if !s.mayAnswer(l.ns, limitICMP, time.Now()) {", "if !s.mayAnswer(l.ns, limitICMP, time.Now()) && false {", stack},
+	{"icmp/errors without a limit", "icmp4.go", "if !s.mayAnswer(l.ns, limitICMP, s.now()) {", "if !s.mayAnswer(l.ns, limitICMP, s.now()) && false {", stack},
 	{"icmp/solicitation from afar", "icmp6.go", "p.fragmented || p.ttl != ndpHopLimit ||", "p.fragmented ||", stack},
 	{"icmp/duplicate address answered", "icmp6.go", "if !s.cfg.isOwn(target) {", "if false {", stack},
 

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-var epoch = time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
+const epoch = Time(time.Hour)
 
 // Initial sequence numbers and the timestamp offset of the harness. All wrap
 // soon: in the first kilobytes of data and in the first second.
@@ -41,7 +41,7 @@ const (
 type harness struct {
 	*testing.T
 	*TCB
-	now      time.Time
+	now      Time
 	buf      []byte
 	queue    []string  // sent and not yet expected
 	times    []float64 // when, in seconds since the harness began
@@ -252,7 +252,7 @@ func (h *harness) pull() {
 }
 
 // checkedOutput is Output, which does nothing where Quiet says so.
-func checkedOutput(t testing.TB, c *TCB, now time.Time, buf []byte) int {
+func checkedOutput(t testing.TB, c *TCB, now Time, buf []byte) int {
 	t.Helper()
 	quiet, timers, backoff := c.Quiet(), c.timers, c.persistBackoff
 	n := c.Output(now, buf)
@@ -351,7 +351,7 @@ func checkState(t *testing.T, c *TCB) {
 			what, c.state, c.snd.una, c.snd.nxt, c.snd.wnd, c.sendBuf.base, c.sendBuf.end, c.rcv, c.loss, c.reno)
 	}
 	if c.state == Closed {
-		if !c.Deadline().IsZero() || c.sendBuf.ring.size() != 0 {
+		if c.Deadline() != 0 || c.sendBuf.ring.size() != 0 {
 			fail("closed, but not at rest")
 		}
 		return
@@ -493,17 +493,17 @@ func (h *harness) advance(d time.Duration) {
 	end := h.now.Add(d)
 	for i := 0; ; i++ {
 		next := h.TCB.Deadline()
-		if next.IsZero() || next.After(end) {
+		if next == 0 || next > end {
 			break
 		}
 		if i > 100_000 {
 			h.Fatal("deadlines do not end")
 		}
-		if next.After(h.now) {
+		if next > h.now {
 			h.now = next
 		}
 		h.Advance(h.now)
-		if at := h.TCB.Deadline(); !at.IsZero() && !at.After(h.now) {
+		if at := h.TCB.Deadline(); at != 0 && at <= h.now {
 			h.Fatalf("Advance left the deadline %v at %v", at.Sub(epoch), h.now.Sub(epoch))
 		}
 		h.pull()

@@ -11,7 +11,7 @@ const windowSlack = 1024
 
 // Input takes one segment. Payload is copied. The caller then calls Output
 // until it returns 0.
-func (t *TCB) Input(now time.Time, seg *Segment) {
+func (t *TCB) Input(now Time, seg *Segment) {
 	now = t.clock(now)
 	switch t.state {
 	case Closed:
@@ -25,7 +25,7 @@ func (t *TCB) Input(now time.Time, seg *Segment) {
 }
 
 // inputSynSent is section 3.10.7.3.
-func (t *TCB) inputSynSent(now time.Time, seg *Segment) {
+func (t *TCB) inputSynSent(now Time, seg *Segment) {
 	ack := t.snd.seq.unwrap(seg.Ack, t.snd.una)
 	hasAck := seg.Flags&ACK != 0
 	if hasAck && (ack <= 0 || ack > t.snd.nxt) {
@@ -54,7 +54,7 @@ func (t *TCB) inputSynSent(now time.Time, seg *Segment) {
 
 // inputTimeWait is what section 3.10.7.4 leaves for TIME-WAIT. The caller has
 // asked MayReplace first.
-func (t *TCB) inputTimeWait(now time.Time, seg *Segment) {
+func (t *TCB) inputTimeWait(now Time, seg *Segment) {
 	// Deviation: a reset does not end TIME-WAIT (RFC 1337 section 3, fix F1).
 	if seg.Flags&RST != 0 {
 		return
@@ -76,7 +76,7 @@ func (t *TCB) inputTimeWait(now time.Time, seg *Segment) {
 
 // inputOtherwise is section 3.10.7.4, in its order but for the reset, to which
 // PAWS does not apply, and the SYN, whose sequence number does not matter.
-func (t *TCB) inputOtherwise(now time.Time, seg *Segment) {
+func (t *TCB) inputOtherwise(now Time, seg *Segment) {
 	off := t.rcv.seq.unwrap(seg.Seq, t.rcv.nxt)
 	switch {
 	case seg.Flags&RST != 0:
@@ -121,7 +121,7 @@ func (t *TCB) acceptable(off, n int64) bool {
 
 // refuse answers a segment that is not acceptable with an ACK. One without data
 // gets it only so often, so that two confused ends do not keep each other busy.
-func (t *TCB) refuse(now time.Time, off int64, seg *Segment) {
+func (t *TCB) refuse(now Time, off int64, seg *Segment) {
 	if len(seg.Payload) == 0 && seg.Flags&FIN == 0 {
 		t.challenge(now)
 		return
@@ -131,15 +131,15 @@ func (t *TCB) refuse(now time.Time, off int64, seg *Segment) {
 }
 
 // challenge sends an ACK, unless the last one was just now (RFC 5961 section 7).
-func (t *TCB) challenge(now time.Time) {
-	if t.challenged.IsZero() || now.Sub(t.challenged) >= challengePause {
+func (t *TCB) challenge(now Time) {
+	if t.challenged == 0 || now.Sub(t.challenged) >= challengePause {
 		t.challenged = now
 		t.ackDue, t.ackUrgent = true, true
 	}
 }
 
 // inputReset is RFC 5961 section 3.2: only the exact sequence number resets.
-func (t *TCB) inputReset(now time.Time, off int64) {
+func (t *TCB) inputReset(now Time, off int64) {
 	switch {
 	case off == t.rcv.nxt && t.state == SynReceived && t.active:
 		t.close(Refused)
@@ -152,12 +152,12 @@ func (t *TCB) inputReset(now time.Time, off int64) {
 
 // inputSYN is RFC 5961 section 4.2: a SYN is answered with an ACK whatever its
 // sequence number. It reports true for the SYN-ACK that ends a simultaneous open.
-func (t *TCB) inputSYN(now time.Time, off int64, seg *Segment) bool {
+func (t *TCB) inputSYN(now Time, off int64, seg *Segment) bool {
 	if t.state == SynReceived && off == 0 {
 		if seg.Flags&ACK != 0 && t.active {
 			return true
 		}
-		if t.challenged.IsZero() || now.Sub(t.challenged) >= challengePause {
+		if t.challenged == 0 || now.Sub(t.challenged) >= challengePause {
 			t.challenged = now
 			t.synDue = true // the SYN-ACK was lost
 		}
@@ -174,21 +174,21 @@ const pawsOutdated = 24 * 24 * time.Hour
 //
 // Deviation: section 3.2 says that a segment without timestamps SHOULD be
 // dropped once they are negotiated. It is accepted, as the field does.
-func (t *TCB) pawsOK(now time.Time, seg *Segment) bool {
+func (t *TCB) pawsOK(now Time, seg *Segment) bool {
 	return !t.timestamps || !seg.HasTimestamps || !tsBefore(seg.TSVal, t.tsRecent) ||
 		now.Sub(t.tsRecentAt) > pawsOutdated
 }
 
 // noteTimestamp is RFC 7323 section 4.3: the timestamp to echo is that of the
 // segment at the left edge of what was not acknowledged yet.
-func (t *TCB) noteTimestamp(now time.Time, off int64, seg *Segment) {
+func (t *TCB) noteTimestamp(now Time, off int64, seg *Segment) {
 	if t.timestamps && seg.HasTimestamps && off <= t.rcv.acked {
 		t.tsRecent, t.tsRecentAt = seg.TSVal, now
 	}
 }
 
 // inputAck is step 5. It reports whether the rest of the segment counts.
-func (t *TCB) inputAck(now time.Time, off int64, seg *Segment) bool {
+func (t *TCB) inputAck(now Time, off int64, seg *Segment) bool {
 	ack := t.snd.seq.unwrap(seg.Ack, t.snd.una)
 	if t.state == SynReceived {
 		if ack <= t.snd.una || ack > t.snd.nxt {
@@ -231,7 +231,7 @@ func (t *TCB) possible(ack int64) bool {
 // hearBelow takes a segment that is not acceptable as a sign of life, if it lies below
 // the window: a probe of a closed window, or what the peer sends again while our ACKs
 // are lost. Nothing else in it counts.
-func (t *TCB) hearBelow(now time.Time, off int64, seg *Segment) {
+func (t *TCB) hearBelow(now Time, off int64, seg *Segment) {
 	ack := t.snd.seq.unwrap(seg.Ack, t.snd.una)
 	if off < t.rcv.nxt && seg.Flags&(SYN|ACK) == ACK && t.synchronized() && t.possible(ack) {
 		t.heard(now)
@@ -239,7 +239,7 @@ func (t *TCB) hearBelow(now time.Time, off int64, seg *Segment) {
 }
 
 // establish ends the handshake: the peer has acknowledged the SYN.
-func (t *TCB) establish(now time.Time, seg *Segment, off, ack int64) {
+func (t *TCB) establish(now Time, seg *Segment, off, ack int64) {
 	t.state = Established
 	if t.finQueued {
 		t.state = FinWait1
@@ -285,7 +285,7 @@ func (t *TCB) setWindow(seg *Segment) {
 }
 
 // acked takes a cumulative ACK that is new.
-func (t *TCB) acked(now time.Time, ack int64, seg *Segment) {
+func (t *TCB) acked(now Time, ack int64, seg *Segment) {
 	flightBefore := t.snd.una
 	n := ack - t.snd.una
 	t.sampleRTT(now, ack, seg)
@@ -338,7 +338,7 @@ func (t *TCB) acked(now time.Time, ack int64, seg *Segment) {
 }
 
 // finAcked is the last part of step 5: the peer has everything.
-func (t *TCB) finAcked(now time.Time) {
+func (t *TCB) finAcked(now Time) {
 	switch t.state {
 	case FinWait1:
 		t.state = FinWait2
@@ -352,7 +352,7 @@ func (t *TCB) finAcked(now time.Time) {
 // sampleRTT measures the round trip that ack ends, by the segment that is timed
 // or by the echoed timestamp (RFC 7323 section 4.1). Segments that were sent
 // again are never timed (Karn).
-func (t *TCB) sampleRTT(now time.Time, ack int64, seg *Segment) {
+func (t *TCB) sampleRTT(now Time, ack int64, seg *Segment) {
 	if t.timing {
 		if ack > t.timedSeq {
 			t.timing = false
@@ -408,7 +408,7 @@ func (t *TCB) takeBlocks(seg *Segment) int64 {
 
 // duplicateAck takes an ACK that does not advance. With SACK one counts that
 // brings news (RFC 6675 section 2), without it one that has nothing else to say.
-func (t *TCB) duplicateAck(now time.Time, seg *Segment, dup bool) {
+func (t *TCB) duplicateAck(now Time, seg *Segment, dup bool) {
 	if t.loss.sack {
 		t.takeDuplicate(seg, t.snd.una)
 		dup = t.takeBlocks(seg) > 0
@@ -445,7 +445,7 @@ func (t *TCB) takeDuplicate(seg *Segment, ack int64) bool {
 
 // useBlocks looks for losses that the scoreboard shows: RACK_detect_loss of RFC
 // 8985 section 6.2.
-func (t *TCB) useBlocks(now time.Time) {
+func (t *TCB) useBlocks(now Time) {
 	una, nxt, mss := t.snd.una, t.snd.nxt, t.mss()
 	l := &t.loss
 	again := l.findLostAgain(now, una, mss, t.rtt.min)
@@ -496,7 +496,7 @@ func (t *TCB) enterRecovery() {
 }
 
 // inputText is steps 7 and 8: the data of the segment, and its FIN.
-func (t *TCB) inputText(now time.Time, off int64, seg *Segment) {
+func (t *TCB) inputText(now Time, off int64, seg *Segment) {
 	switch t.state {
 	case Established, FinWait1, FinWait2:
 	default:
@@ -538,7 +538,7 @@ func (t *TCB) noteFIN(off int64) {
 // full segment and for anything out of the ordinary, else delayed. For some full
 // segments after a gap no ACK is delayed: the peer's window is small then, and
 // each one counts.
-func (t *TCB) takeData(now time.Time, off int64, p []byte, push bool) {
+func (t *TCB) takeData(now Time, off int64, p []byte, push bool) {
 	limit := min(t.rcv.adv, t.recvBuf.base+t.recvBuf.max+windowSlack<<t.rcv.scale)
 	if t.rcv.fin != 0 {
 		limit = min(limit, t.rcv.fin)
@@ -560,7 +560,7 @@ func (t *TCB) takeData(now time.Time, off int64, p []byte, push bool) {
 	} else if t.rcv.quick > 0 && int64(len(p)) == t.rcv.mss {
 		t.ackDue = true
 		t.rcv.quick--
-	} else if at := t.in(t.delack(), now); !t.armed(timerDelack) || at < t.timers[timerDelack] {
+	} else if at := now.Add(t.delack()); !t.armed(timerDelack) || at < t.timers[timerDelack] {
 		t.timers[timerDelack] = at
 	}
 	if t.discard {
@@ -604,7 +604,7 @@ func (t *TCB) delack() time.Duration {
 func (t *TCB) smooth() bool { return t.rcv.nxt-t.rcv.smooth >= smoothBytes }
 
 // takeFIN is step 8: everything up to the FIN has been received.
-func (t *TCB) takeFIN(now time.Time) {
+func (t *TCB) takeFIN(now Time) {
 	t.ackDue = true
 	t.events |= EventReadable
 	switch t.state {

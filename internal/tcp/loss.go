@@ -79,7 +79,7 @@ type lossState struct {
 type resent struct {
 	span
 	mark int64
-	at   time.Time
+	at   Time
 }
 
 // reorderState is what is known of reordering in the network (RFC 8985 section
@@ -197,7 +197,7 @@ func (l *lossState) nextLost(una, nxt, mss int64) span {
 }
 
 // sentTail notes that a tail loss probe was sent.
-func (l *lossState) sentTail(now time.Time, s span, nxt int64, again bool) {
+func (l *lossState) sentTail(now Time, s span, nxt int64, again bool) {
 	l.tailAgain = again || l.tailEnd != 0 && l.tailAgain
 	l.tailEnd = nxt
 	if again {
@@ -259,7 +259,7 @@ func (l *lossState) leave() {
 func (l *lossState) release() { l.sacked, l.resent, l.lostAgain = nil, nil, nil }
 
 // sentAgain notes that s was retransmitted.
-func (l *lossState) sentAgain(now time.Time, s span, nxt int64) {
+func (l *lossState) sentAgain(now Time, s span, nxt int64) {
 	l.highRxt = max(l.highRxt, s.end)
 	l.lostAgain.remove(s.start, s.end)
 	l.watch(now, s, nxt)
@@ -267,7 +267,7 @@ func (l *lossState) sentAgain(now time.Time, s span, nxt int64) {
 
 // watch notes that s was retransmitted, to find out if that is lost. Of two
 // retransmissions of the same data the later one counts.
-func (l *lossState) watch(now time.Time, s span, nxt int64) {
+func (l *lossState) watch(now Time, s span, nxt int64) {
 	l.everRxt = max(l.everRxt, s.end)
 	if !l.sack {
 		return
@@ -281,7 +281,7 @@ func (l *lossState) watch(now time.Time, s span, nxt int64) {
 // findLostAgain finds the retransmissions that are lost: something sent later has
 // arrived (RFC 8985 section 6.2). It reports whether there is any that was sent
 // since cwnd was reduced last.
-func (l *lossState) findLostAgain(now time.Time, una, mss int64, minRTT time.Duration) bool {
+func (l *lossState) findLostAgain(now Time, una, mss int64, minRTT time.Duration) bool {
 	if len(l.resent) == 0 {
 		return false
 	}
@@ -362,7 +362,7 @@ func (l *lossState) advance(una, nxt, n, mss int64) (ended bool) {
 // What is in flight is sent again, in segments of that size: how it was cut is not
 // remembered. The congestion window stays (RFC 8201 section 5.4): this is no
 // sign of congestion.
-func (t *TCB) PathMTU(now time.Time, mss int, seq uint32) bool {
+func (t *TCB) PathMTU(now Time, mss int, seq uint32) bool {
 	now = t.clock(now)
 	off, size := t.snd.seq.unwrap(seq, t.snd.una), max(int64(mss), mssFloor)
 	if !t.synchronized() || t.state == TimeWait || off < t.snd.una || off >= t.snd.nxt || size >= t.snd.mss {

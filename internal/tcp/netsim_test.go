@@ -16,6 +16,18 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files")
 
+// linkEpoch is epoch in the times of a Link, which are those of the standard library.
+var linkEpoch = time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
+
+func linkTime(t Time) time.Time { return linkEpoch.Add(t.Sub(epoch)) }
+
+func tcpTime(t time.Time) Time {
+	if t.IsZero() {
+		return 0
+	}
+	return epoch.Add(t.Sub(linkEpoch))
+}
+
 // side is one end of a connection: a TCB, the link it sends on, and an
 // application that writes a stream of size bytes and reads all that comes.
 type side struct {
@@ -36,10 +48,10 @@ type side struct {
 
 	size, wrote int64
 	got         int64
-	slow        int       // the application reads at most so many bytes at a time; 0: all
-	nextRead    time.Time // when it reads again
-	promised    int64     // right edge of the window that the peer has advertised
-	edge        int64     // right edge of the window that this side has advertised
+	slow        int   // the application reads at most so many bytes at a time; 0: all
+	nextRead    Time  // when it reads again
+	promised    int64 // right edge of the window that the peer has advertised
+	edge        int64 // right edge of the window that this side has advertised
 	edgeSet     bool
 	segments    int
 	again       int // segments with data that was sent before
@@ -84,7 +96,7 @@ func (s *side) checkOutput(seg *Segment) {
 }
 
 // flush sends what is due.
-func (s *side) flush(now time.Time) {
+func (s *side) flush(now Time) {
 	for i := 0; ; i++ {
 		n := checkedOutput(s.t, s.TCB, now, s.buf)
 		if n == 0 {
@@ -103,7 +115,7 @@ func (s *side) flush(now time.Time) {
 }
 
 // send sends a segment with a check value.
-func (s *side) send(now time.Time, p []byte) {
+func (s *side) send(now Time, p []byte) {
 	var seg Segment
 	if !seg.Parse(p) {
 		s.t.Fatal("bad segment")
@@ -116,11 +128,11 @@ func (s *side) send(now time.Time, p []byte) {
 		}
 		p = p[:seg.MarshalHeader(p)]
 	}
-	s.out.Send(now, binary.BigEndian.AppendUint32(p[:len(p):len(p)], crc32.ChecksumIEEE(p)))
+	s.out.Send(linkTime(now), binary.BigEndian.AppendUint32(p[:len(p):len(p)], crc32.ChecksumIEEE(p)))
 }
 
 // receive takes a packet of the peer, unless it is corrupt.
-func (s *side) receive(now time.Time, p []byte) {
+func (s *side) receive(now Time, p []byte) {
 	n := len(p) - 4
 	if crc32.ChecksumIEEE(p[:n]) != binary.BigEndian.Uint32(p[n:]) {
 		return
@@ -141,7 +153,7 @@ func (s *side) receive(now time.Time, p []byte) {
 }
 
 // app writes and reads.
-func (s *side) app(now time.Time) {
+func (s *side) app(now Time) {
 	for s.wrote < s.size {
 		p := s.Reserve(int(s.size - s.wrote))
 		if len(p) == 0 {
@@ -156,7 +168,7 @@ func (s *side) app(now time.Time) {
 	if s.wrote == s.size && s.state != SynSent {
 		s.CloseWrite()
 	}
-	for budget := s.slow; s.Buffered() > 0 && !now.Before(s.nextRead); {
+	for budget := s.slow; s.Buffered() > 0 && now >= s.nextRead; {
 		p := s.Peek()
 		if s.slow > 0 {
 			p = p[:min(len(p), budget)]
@@ -176,7 +188,7 @@ func (s *side) app(now time.Time) {
 }
 
 // turn lets a side do all it can do now.
-func (s *side) turn(now time.Time) {
+func (s *side) turn(now Time) {
 	if s.TCB != nil {
 		before := s.retries
 		s.Advance(now)
@@ -186,14 +198,14 @@ func (s *side) turn(now time.Time) {
 		s.flush(now)
 		s.app(now)
 		s.flush(now)
-		if d := s.Deadline(); !d.IsZero() && !d.After(now) {
+		if d := s.Deadline(); d != 0 && d <= now {
 			s.t.Fatalf("deadline in the past: %v", s.timers)
 		}
 	}
-	if now.Before(s.taken(s.peer.out.Next())) {
+	if now < s.taken(tcpTime(s.peer.out.Next())) {
 		return
 	}
-	for p := s.peer.out.Receive(now); p != nil; p = s.peer.out.Receive(now) {
+	for p := s.peer.out.Receive(linkTime(now)); p != nil; p = s.peer.out.Receive(linkTime(now)) {
 		if s.receive(now, p); s.TCB == nil || s.burst > 0 {
 			continue
 		}
@@ -207,8 +219,8 @@ func (s *side) turn(now time.Time) {
 }
 
 // taken returns when a packet is taken that comes at the time at.
-func (s *side) taken(at time.Time) time.Time {
-	if s.burst > 0 && !at.IsZero() {
+func (s *side) taken(at Time) Time {
+	if s.burst > 0 && at != 0 {
 		at = epoch.Add((at.Sub(epoch) + s.burst - 1).Truncate(s.burst))
 	}
 	return at
@@ -229,17 +241,17 @@ func (s *side) String() string {
 }
 
 // next returns when something happens next at a side.
-func (s *side) next() time.Time {
-	times := []time.Time{s.peer.taken(s.out.Next())}
+func (s *side) next() Time {
+	times := []Time{s.peer.taken(tcpTime(s.out.Next()))}
 	if s.TCB != nil {
 		times = append(times, s.Deadline())
 		if s.Buffered() > 0 {
 			times = append(times, s.nextRead)
 		}
 	}
-	var next time.Time
+	var next Time
 	for _, d := range times {
-		if !d.IsZero() && (next.IsZero() || d.Before(next)) {
+		if d != 0 && (next == 0 || d < next) {
 			next = d
 		}
 	}
@@ -271,10 +283,10 @@ func transfer(t *testing.T, a, b *side) time.Duration {
 			t.Fatalf("not done after %v: %v; %v", now.Sub(epoch), a, b)
 		}
 		d, e := a.next(), b.next()
-		if d.IsZero() || !e.IsZero() && e.Before(d) {
+		if d == 0 || e != 0 && e < d {
 			d = e
 		}
-		if d.IsZero() {
+		if d == 0 {
 			t.Fatalf("stuck after %v: %v; %v", now.Sub(epoch), a, b)
 		}
 		now = d

@@ -208,7 +208,7 @@ func (w *twins) step() {
 		w.both(func(c *TCB) { c.Read(make([]byte, n)) })
 	case 10:
 		w.now = w.now.Add(time.Duration(w.next()) * ms)
-		if d := w.TCB.Deadline(); w.next()%2 == 0 && d.After(w.now) {
+		if d := w.TCB.Deadline(); w.next()%2 == 0 && d > w.now {
 			w.now = d
 		}
 		w.both(func(c *TCB) { c.Advance(w.now) })

@@ -11,7 +11,7 @@ import "time"
 // that of Config.Offload if that is more. One with more payload than SegmentSize is
 // to be cut there by whoever has it next: all parts have its header, but for the
 // sequence number, and PSH and FIN, which are the last one's.
-func (t *TCB) Output(now time.Time, buf []byte) int {
+func (t *TCB) Output(now Time, buf []byte) int {
 	now = t.clock(now)
 	switch {
 	case t.rstDue:
@@ -59,7 +59,7 @@ func (t *TCB) ackSeq() int64 {
 
 // outputReset is the last segment of a connection, or the answer to one that
 // does not belong to it.
-func (t *TCB) outputReset(now time.Time, buf []byte) int {
+func (t *TCB) outputReset(now Time, buf []byte) int {
 	t.rstDue = false
 	seg := Segment{SrcPort: t.cfg.LocalPort, DstPort: t.cfg.RemotePort, Seq: t.rst, Flags: RST}
 	if t.rstAck {
@@ -72,7 +72,7 @@ func (t *TCB) outputReset(now time.Time, buf []byte) int {
 
 // outputSYN sends the SYN, or the SYN-ACK. Options are answered, not offered,
 // to a peer that began (RFC 7323 section 2.2 and 3.2, RFC 2018 section 2).
-func (t *TCB) outputSYN(now time.Time, buf []byte) int {
+func (t *TCB) outputSYN(now Time, buf []byte) int {
 	t.synDue = false
 	seg := Segment{
 		Seq: t.snd.seq.wrap(0), Flags: SYN, MSS: uint16(t.cfg.MSS),
@@ -102,7 +102,7 @@ const (
 
 // nextSegment chooses the offsets to send: NextSeg of RFC 6675 section 4 within
 // the windows of both sides.
-func (t *TCB) nextSegment(now time.Time) (span, sendKind) {
+func (t *TCB) nextSegment(now Time) (span, sendKind) {
 	t.restartIdle(now)
 	una, nxt, mss := t.snd.una, t.snd.nxt, t.mss()
 	l := &t.loss
@@ -143,7 +143,7 @@ func (t *TCB) nextSegment(now time.Time) (span, sendKind) {
 
 // tailProbe chooses what to send as a tail loss probe: new data, whatever cwnd
 // says, or else the last segment again (RFC 8985 section 7.3).
-func (t *TCB) tailProbe(now time.Time) (span, sendKind) {
+func (t *TCB) tailProbe(now Time) (span, sendKind) {
 	kind := sendNew
 	s, ok := t.newData(now, t.mss()+1)
 	if !ok {
@@ -176,7 +176,7 @@ func (t *TCB) pending() bool {
 
 // newData chooses what to send for the first time, if room for it is left in
 // the network. There is no Nagle algorithm: what is queued goes.
-func (t *TCB) newData(now time.Time, room int64) (span, bool) {
+func (t *TCB) newData(now Time, room int64) (span, bool) {
 	if !t.pending() {
 		return span{}, false
 	}
@@ -223,14 +223,14 @@ func (t *TCB) withFollowers(s span, room int64) span {
 
 // restartIdle is RFC 5681 section 4.1: after a pause longer than the RTO the
 // old cwnd says nothing about the network any more.
-func (t *TCB) restartIdle(now time.Time) {
-	if t.snd.nxt == t.snd.una && !t.lastSend.IsZero() && now.Sub(t.lastSend) > t.rtt.timeout() {
+func (t *TCB) restartIdle(now Time) {
+	if t.snd.nxt == t.snd.una && t.lastSend != 0 && now.Sub(t.lastSend) > t.rtt.timeout() {
 		t.reno.cwnd = min(t.reno.cwnd, initialWindow(t.mss()))
 	}
 }
 
 // outputData builds the segment of the offsets s.
-func (t *TCB) outputData(now time.Time, buf []byte, s span, kind sendKind) int {
+func (t *TCB) outputData(now Time, buf []byte, s span, kind sendKind) int {
 	t.override = false
 	n := max(0, min(s.end, t.sendBuf.end)-s.start)
 	seg := Segment{Seq: t.snd.seq.wrap(s.start), Flags: ACK}
@@ -304,7 +304,7 @@ func (t *TCB) reportBlocks(seg *Segment) {
 
 // output completes the header of seg and writes it, with room for n bytes of
 // payload. Every segment acknowledges everything.
-func (t *TCB) output(now time.Time, buf []byte, seg *Segment, n int64) int {
+func (t *TCB) output(now Time, buf []byte, seg *Segment, n int64) int {
 	seg.SrcPort, seg.DstPort = t.cfg.LocalPort, t.cfg.RemotePort
 	if seg.Flags&ACK != 0 {
 		seg.Ack = t.rcv.seq.wrap(t.rcv.nxt)
@@ -321,7 +321,7 @@ func (t *TCB) output(now time.Time, buf []byte, seg *Segment, n int64) int {
 }
 
 // stamp adds timestamps if they are in force.
-func (t *TCB) stamp(now time.Time, seg *Segment) {
+func (t *TCB) stamp(now Time, seg *Segment) {
 	if t.timestamps {
 		seg.HasTimestamps, seg.TSVal = true, t.tsVal(now)
 		if seg.Flags&ACK != 0 {
@@ -331,7 +331,7 @@ func (t *TCB) stamp(now time.Time, seg *Segment) {
 }
 
 // tsVal is the timestamp clock: milliseconds, from a random offset.
-func (t *TCB) tsVal(now time.Time) uint32 {
+func (t *TCB) tsVal(now Time) uint32 {
 	return t.cfg.TSOffset + uint32(now.Sub(t.start)/time.Millisecond)
 }
 
@@ -371,7 +371,7 @@ func (t *TCB) advertise(syn bool) uint16 {
 
 // guardOutstanding keeps a timer on what was sent, or cannot be sent because of
 // the peer's window. It runs when there is nothing left to send.
-func (t *TCB) guardOutstanding(now time.Time) {
+func (t *TCB) guardOutstanding(now Time) {
 	outstanding := t.snd.nxt > t.snd.una
 	switch {
 	case t.snd.wnd <= 0 && (outstanding || t.pending()), !outstanding && t.pending():
@@ -380,7 +380,7 @@ func (t *TCB) guardOutstanding(now time.Time) {
 		if t.usableWindow() > 0 {
 			d = overrideTime
 		}
-		if !t.armed(timerPersist) || t.usableWindow() > 0 && t.timers[timerPersist] > t.in(d, now) {
+		if !t.armed(timerPersist) || t.usableWindow() > 0 && t.timers[timerPersist] > now.Add(d) {
 			t.arm(timerPersist, now, d)
 		}
 		return

@@ -1,7 +1,5 @@
 package tcp
 
-import "time"
-
 // State is a state of RFC 9293 section 3.3.2. LISTEN is missing: a listener has
 // no TCB, it makes one for each SYN.
 type State uint8
@@ -117,19 +115,19 @@ type TCB struct {
 	reno    renoState
 	loss    lossState
 	retries int // retransmissions of the segment at una
-	timers  [numTimers]moment
+	timers  [numTimers]Time
 
 	timestamps bool // negotiated
 	tsRecent   uint32
-	tsRecentAt time.Time // when tsRecent was set
-	start      time.Time // zero of the timestamp clock
-	latest     time.Time // the latest time that was told: see clock
+	tsRecentAt Time // when tsRecent was set
+	start      Time // zero of the timestamp clock
+	latest     Time // the latest time that was told: see clock
 	timedSeq   int64
-	timedAt    time.Time
-	lastSend   time.Time // of data
-	limitedAt  int64     // nxt when cwnd last held data back
-	challenged time.Time // when the last challenge ACK was sent
-	probedAt   time.Time // when the first window probe was sent that has no answer; zero: all have
+	timedAt    Time
+	lastSend   Time  // of data
+	limitedAt  int64 // nxt when cwnd last held data back
+	challenged Time  // when the last challenge ACK was sent
+	probedAt   Time  // when the first window probe was sent that has no answer; zero: all have
 
 	keepProbes     int
 	orphanGoal     int64 // of an orphan: what is to be acknowledged until timerEnd
@@ -152,7 +150,7 @@ type TCB struct {
 	rstAck         bool   // it acknowledges: an abort, not the answer to a segment
 }
 
-func newTCB(cfg Config, now time.Time) *TCB {
+func newTCB(cfg Config, now Time) *TCB {
 	t := &TCB{cfg: cfg, start: now, latest: now}
 	t.snd.seq = seqSpace(cfg.ISS)
 	t.sendBuf = sendBuf{base: firstByte, end: firstByte, max: int64(cfg.SendBuffer)}
@@ -169,12 +167,9 @@ func newTCB(cfg Config, now time.Time) *TCB {
 // clock returns now, or the latest time that was told before. Several goroutines drive
 // a connection in turn, and have read the clock before their turn: time would go back,
 // and with it the timestamps, for which the peer would drop segments (RFC 7323 section 5).
-func (t *TCB) clock(now time.Time) time.Time {
-	if now.Before(t.latest) {
-		return t.latest
-	}
-	t.latest = now
-	return now
+func (t *TCB) clock(now Time) Time {
+	t.latest = max(now, t.latest)
+	return t.latest
 }
 
 // scaleFor returns the smallest shift with which a window field holds n.
@@ -187,7 +182,7 @@ func scaleFor(n int) uint8 {
 }
 
 // NewActive begins a connection: the first Output is the SYN.
-func NewActive(cfg Config, now time.Time) *TCB {
+func NewActive(cfg Config, now Time) *TCB {
 	t := newTCB(cfg, now)
 	t.active = true
 	t.state = SynSent
@@ -196,7 +191,7 @@ func NewActive(cfg Config, now time.Time) *TCB {
 }
 
 // NewPassive answers the SYN of a peer: the first Output is the SYN-ACK.
-func NewPassive(cfg Config, now time.Time, syn *Segment) *TCB {
+func NewPassive(cfg Config, now Time, syn *Segment) *TCB {
 	t := newTCB(cfg, now)
 	t.state = SynReceived
 	t.timestamps, t.loss.sack = true, true
@@ -206,7 +201,7 @@ func NewPassive(cfg Config, now time.Time, syn *Segment) *TCB {
 
 // takeSYN learns what the peer's SYN says. An option is in force if both sides
 // have sent it, and this side has offered all of them or answers now.
-func (t *TCB) takeSYN(now time.Time, syn *Segment) {
+func (t *TCB) takeSYN(now Time, syn *Segment) {
 	t.rcv.seq = seqSpace(syn.Seq)
 	if syn.MSS != 0 {
 		t.snd.mss = min(max(int64(syn.MSS), mssFloor), int64(t.cfg.MSS))
@@ -409,7 +404,7 @@ func (t *TCB) CloseRead() {
 // Close is the application's farewell. It ends this side's data; bytes that it
 // has not read reset the connection (RFC 2525 section 2.17), as do any that
 // arrive later. The rest goes on without it, for a bounded time.
-func (t *TCB) Close(now time.Time) {
+func (t *TCB) Close(now Time) {
 	now = t.clock(now)
 	if t.state == Closed || t.orphan {
 		return
@@ -462,7 +457,7 @@ func (t *TCB) close(r Reason) {
 		return
 	}
 	t.state, t.reason = Closed, r
-	t.timers = [numTimers]moment{}
+	t.timers = [numTimers]Time{}
 	t.sendBuf.drop()
 	if r == Aborted {
 		if t.Buffered() > 0 {
@@ -477,10 +472,10 @@ func (t *TCB) close(r Reason) {
 }
 
 // enterTimeWait starts, or restarts, the 2MSL timer.
-func (t *TCB) enterTimeWait(now time.Time) {
+func (t *TCB) enterTimeWait(now Time) {
 	if t.state != TimeWait {
 		t.state = TimeWait
-		t.timers = [numTimers]moment{}
+		t.timers = [numTimers]Time{}
 		t.events |= EventTimeWait
 	}
 	t.arm(timerEnd, now, timeWaitTime)

@@ -53,40 +53,41 @@ type KeepAlive struct {
 	Count    int           // unanswered probes that end the connection
 }
 
-// moment is a time as its distance from TCB.start, a third of the size: an idle
-// connection is little else than its TCB. 0 is no time.
-type moment time.Duration
+// Time is what a clock of the caller's shows that never goes back, in nanoseconds. It
+// is above 0, which is no time. (A time.Time is three times as large, and an idle
+// connection is little else than its TCB.)
+type Time int64
 
-func (t *TCB) moment(at time.Time) moment { return max(1, moment(at.Sub(t.start))) }
-
-// in returns the moment that is d from now, or the last one there is.
-func (t *TCB) in(d time.Duration, now time.Time) moment {
-	at := max(0, now.Sub(t.start))
-	return max(1, moment(at+min(d, math.MaxInt64-at)))
+// Add returns the time d later, or the last one there is.
+func (t Time) Add(d time.Duration) Time {
+	if sum := t + Time(d); sum > t || d <= 0 {
+		return sum
+	}
+	return math.MaxInt64
 }
 
-func (t *TCB) arm(i timer, now time.Time, d time.Duration) { t.timers[i] = t.in(d, now) }
-func (t *TCB) disarm(i timer)                              { t.timers[i] = 0 }
-func (t *TCB) armed(i timer) bool                          { return t.timers[i] != 0 }
+// Sub returns for how long it has been t when it was u before.
+func (t Time) Sub(u Time) time.Duration { return time.Duration(t - u) }
 
-// Deadline returns when Advance must be called, and the zero time when nothing
-// waits for time to pass.
-func (t *TCB) Deadline() time.Time {
+func (t *TCB) arm(i timer, now Time, d time.Duration) { t.timers[i] = now.Add(d) }
+func (t *TCB) disarm(i timer)                         { t.timers[i] = 0 }
+func (t *TCB) armed(i timer) bool                     { return t.timers[i] != 0 }
+
+// Deadline returns when Advance must be called, and 0 when nothing waits for time to
+// pass.
+func (t *TCB) Deadline() Time {
 	next := uint64(math.MaxUint64)
 	for _, at := range t.timers[:] { // a copy of the array would wait for the stores of arm
 		next = min(next, uint64(at-1)) // of no time, which is 0, the very last
 	}
-	if next == math.MaxUint64 {
-		return time.Time{}
-	}
-	return t.start.Add(time.Duration(next + 1))
+	return Time(next + 1)
 }
 
 // Advance runs the timers whose time has come.
-func (t *TCB) Advance(now time.Time) {
+func (t *TCB) Advance(now Time) {
 	now = t.clock(now)
 	for i := range t.timers {
-		if at := t.timers[i]; at == 0 || at > t.moment(now) {
+		if at := t.timers[i]; at == 0 || at > now {
 			continue
 		}
 		t.disarm(timer(i))
@@ -111,7 +112,7 @@ func (t *TCB) Advance(now time.Time) {
 }
 
 // retransmissionTimeout is RFC 6298 section 5.4 to 5.7.
-func (t *TCB) retransmissionTimeout(now time.Time) {
+func (t *TCB) retransmissionTimeout(now Time) {
 	limit := maxRetries
 	switch t.state {
 	case SynSent:
@@ -167,7 +168,7 @@ const (
 // many of them, more is probed: in recovery, again if a probe had no answer, each
 // time after twice as long (as RFC 9002 section 6.2 does), and a lone segment if
 // losses have just made the peer acknowledge at once (RFC 5681 section 4.2).
-func (t *TCB) armTail(now time.Time) {
+func (t *TCB) armTail(now Time) {
 	t.tailWanted = false
 	t.disarm(timerTail)
 	l := &t.loss
@@ -182,7 +183,7 @@ func (t *TCB) armTail(now time.Time) {
 	if (lone || l.phase != phaseOpen || l.tailEnd != 0 || l.probes > 0) && d > t.rtt.rto/4 {
 		return
 	}
-	if at := t.in(d, now); at < t.timers[timerRexmt] {
+	if at := now.Add(d); at < t.timers[timerRexmt] {
 		t.timers[timerTail] = at
 	}
 }
@@ -201,13 +202,13 @@ func (t *TCB) tailTimeout() {
 
 // persistTimeout probes a window that is closed, or too small to be worth a
 // segment, which the override then fills.
-func (t *TCB) persistTimeout(now time.Time) {
+func (t *TCB) persistTimeout(now Time) {
 	if t.usableWindow() > 0 {
 		t.override = true
 		return
 	}
 	switch {
-	case t.probedAt.IsZero():
+	case t.probedAt == 0:
 		t.probedAt = now
 	case now.Sub(t.probedAt) >= probeLimit:
 		t.fail(TimedOut)
@@ -224,7 +225,7 @@ func (t *TCB) persistTimeout(now time.Time) {
 
 // keepTimeout probes a silent peer (RFC 9293 section 3.8.4), unless data is on
 // its way to it, whose retransmission does the same.
-func (t *TCB) keepTimeout(now time.Time) {
+func (t *TCB) keepTimeout(now Time) {
 	if t.snd.nxt > t.snd.una || t.armed(timerPersist) {
 		t.arm(timerKeep, now, t.cfg.KeepAlive.Idle)
 		return
@@ -238,8 +239,8 @@ func (t *TCB) keepTimeout(now time.Time) {
 }
 
 // heard notes that the peer is alive.
-func (t *TCB) heard(now time.Time) {
-	t.probedAt, t.keepProbes = time.Time{}, 0
+func (t *TCB) heard(now Time) {
+	t.probedAt, t.keepProbes = 0, 0
 	if t.cfg.KeepAlive.Idle > 0 && t.state != TimeWait {
 		t.arm(timerKeep, now, t.cfg.KeepAlive.Idle)
 	}
