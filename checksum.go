@@ -7,6 +7,8 @@ package slirp
 import (
 	"encoding/binary"
 	"math/bits"
+
+	"github.com/KarpelesLab/slirp/internal/sum"
 )
 
 // IPChecksum returns the checksum of an IPv4 header. The checksum field of hdr
@@ -40,19 +42,19 @@ func UDPChecksum(src, dst []byte, udp, payload []byte) uint16 {
 // and must be in place to get 0 from data that is intact. A UDP sender turns a
 // result of 0 into 0xFFFF.
 func IPv6Checksum(src, dst [16]byte, proto uint8, upperLen uint32, data []byte) uint16 {
-	return ^sum(data, pseudoSum((*ipAddr)(&src), (*ipAddr)(&dst), proto, upperLen))
+	return ^sum.Of(data, pseudoSum((*ipAddr)(&src), (*ipAddr)(&dst), proto, upperLen))
 }
 
 func classicChecksum(src, dst []byte, proto uint8, hdr, payload []byte) uint16 {
 	length := uint32(len(hdr)) + uint32(len(payload))
-	s := sum(dst, sum(src, pseudoTail(proto, length)))
+	s := sum.Of(dst, sum.Of(src, pseudoTail(proto, length)))
 	s = sumWithout(hdr, checksumOffset(proto), s)
 	if len(hdr)%2 == 0 {
-		return ^sum(payload, s)
+		return ^sum.Of(payload, s)
 	}
 	// The payload begins in the second half of a 16-bit word. RFC 1071 section
 	// 2 (B): the sum of byte-swapped words is the byte-swapped sum.
-	return ^add16(s, bits.ReverseBytes16(sum(payload, 0)))
+	return ^sum.Add(s, bits.ReverseBytes16(sum.Of(payload, 0)))
 }
 
 // checksumOffset returns where the checksum field stands in a transport header,
@@ -79,7 +81,7 @@ func fillChecksum(proto uint8, src, dst *ipAddr, b []byte) {
 	}
 	field := b[off : off+2]
 	field[0], field[1] = 0, 0
-	c := ^sum(b, transportPseudoSum(proto, src, dst, len(b)))
+	c := ^sum.Of(b, transportPseudoSum(proto, src, dst, len(b)))
 	if c == 0 && proto == protoUDP {
 		// RFC 768: "If the computed checksum is zero, it is transmitted as all
 		// ones". RFC 8200 section 8.1 says the same for IPv6.
@@ -103,7 +105,7 @@ func checksumOK(p *ipPacket, b []byte) bool {
 		return true
 	}
 	pseudo := transportPseudoSum(p.proto, &p.src, &p.dst, len(b))
-	return field == pseudo || sum(b, pseudo) == 0xffff
+	return field == pseudo || sum.Of(b, pseudo) == 0xffff
 }
 
 // transportPseudoSum is the sum that a transport checksum starts from. It is
@@ -120,82 +122,19 @@ func transportPseudoSum(proto uint8, src, dst *ipAddr, length int) uint16 {
 // complement arithmetic, and the fields of the two pseudo-headers differ in
 // width only.
 func pseudoSum(src, dst *ipAddr, proto uint8, length uint32) uint16 {
-	return sum(dst[:], sum(src[:], pseudoTail(proto, length)))
+	return sum.Of(dst[:], sum.Of(src[:], pseudoTail(proto, length)))
 }
 
 // pseudoTail is the sum of the pseudo-header's length and protocol.
 func pseudoTail(proto uint8, length uint32) uint16 {
-	return add16(add16(uint16(length>>16), uint16(length)), uint16(proto))
+	return sum.Add(sum.Add(uint16(length>>16), uint16(length)), uint16(proto))
 }
 
-// sumWithout is sum, with the 16-bit field at the even offset off of b left out
+// sumWithout is sum.Of, with the 16-bit field at the even offset off of b left out
 // if b holds it.
 func sumWithout(b []byte, off int, initial uint16) uint16 {
 	if len(b) < off+2 {
-		return sum(b, initial)
+		return sum.Of(b, initial)
 	}
-	return sum(b[off+2:], sum(b[:off], initial))
-}
-
-// add16 adds in one's complement: a carry out of the top comes back in at the
-// bottom.
-func add16(a, b uint16) uint16 {
-	s := uint32(a) + uint32(b)
-	return uint16(s) + uint16(s>>16)
-}
-
-// sum returns the one's complement sum of initial and of b, read as big-endian
-// 16-bit words, the last one padded with a zero byte (RFC 1071 section 1). It is
-// not complemented. Sums chain, sum(b2, sum(b1, 0)), if b1 has an even length.
-//
-// The words are added eight bytes at a time and folded at the end (section 2
-// (C)), in little-endian order, in which they need no swapping on the machines
-// that matter: the sum of swapped words is the swapped sum (section 2 (B)).
-func sum(b []byte, initial uint16) uint16 {
-	le := binary.LittleEndian
-	acc := uint64(bits.ReverseBytes16(initial))
-	var carry, acc2, carry2 uint64
-	for len(b) >= 64 {
-		// Two chains, that the processor can follow at the same time.
-		w := b[:64]
-		acc, carry = bits.Add64(acc, le.Uint64(w), carry)
-		acc, carry = bits.Add64(acc, le.Uint64(w[8:]), carry)
-		acc, carry = bits.Add64(acc, le.Uint64(w[16:]), carry)
-		acc, carry = bits.Add64(acc, le.Uint64(w[24:]), carry)
-		acc2, carry2 = bits.Add64(acc2, le.Uint64(w[32:]), carry2)
-		acc2, carry2 = bits.Add64(acc2, le.Uint64(w[40:]), carry2)
-		acc2, carry2 = bits.Add64(acc2, le.Uint64(w[48:]), carry2)
-		acc2, carry2 = bits.Add64(acc2, le.Uint64(w[56:]), carry2)
-		b = b[64:]
-	}
-	acc, carry = bits.Add64(acc, acc2, carry)
-	acc, carry = bits.Add64(acc, carry2, carry)
-	for len(b) >= 8 {
-		acc, carry = bits.Add64(acc, le.Uint64(b), carry)
-		b = b[8:]
-	}
-	var tail uint64
-	shift := 0
-	if len(b) >= 4 {
-		tail = uint64(le.Uint32(b))
-		shift = 32
-		b = b[4:]
-	}
-	if len(b) >= 2 {
-		tail |= uint64(le.Uint16(b)) << shift
-		shift += 16
-		b = b[2:]
-	}
-	if len(b) == 1 {
-		tail |= uint64(b[0]) << shift
-	}
-	acc, carry = bits.Add64(acc, tail, carry)
-	acc, carry = bits.Add64(acc, 0, carry)
-	acc += carry
-
-	acc = acc>>32 + acc&0xffffffff
-	acc = acc>>32 + acc&0xffffffff
-	acc = acc>>16 + acc&0xffff
-	acc = acc>>16 + acc&0xffff
-	return bits.ReverseBytes16(uint16(acc))
+	return sum.Of(b[off+2:], sum.Of(b[:off], initial))
 }

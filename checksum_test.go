@@ -3,7 +3,6 @@ package slirp
 import (
 	"encoding/binary"
 	"math/rand/v2"
-	"strconv"
 	"testing"
 )
 
@@ -37,70 +36,6 @@ func naivePseudo(version uint16, src, dst ipAddr, proto uint8, length int) []byt
 	b = append(b, dst[:]...)
 	b = binary.BigEndian.AppendUint32(b, uint32(length))
 	return append(b, 0, 0, 0, proto)
-}
-
-func TestSumRFC1071Example(t *testing.T) {
-	// Section 3: "the one's complement sum is ... ddf2".
-	b := []byte{0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7}
-	if got := sum(b, 0); got != 0xddf2 {
-		t.Errorf("sum = %#04x, want 0xddf2", got)
-	}
-}
-
-func TestSumAgainstNaive(t *testing.T) {
-	r := rand.New(rand.NewPCG(1, 2))
-	buf := make([]byte, 2100)
-	fills := map[string]func() byte{
-		"random": func() byte { return byte(r.Uint32()) },
-		"ones":   func() byte { return 0xff },
-		"zero":   func() byte { return 0 },
-	}
-	for name, fill := range fills {
-		for i := range buf {
-			buf[i] = fill()
-		}
-		for _, initial := range []uint16{0, 1, 0x1234, 0xfffe, 0xffff} {
-			for n := 0; n <= 300; n++ {
-				for off := 0; off < 9; off++ {
-					b := buf[off : off+n]
-					if got, want := sum(b, initial), naiveSum(b, initial); got != want {
-						t.Fatalf("%s: sum of %d bytes at %d from %#x = %#04x, want %#04x", name, n, off, initial, got, want)
-					}
-				}
-			}
-			for n := 300; n <= 2000; n += 37 {
-				if got, want := sum(buf[:n], initial), naiveSum(buf[:n], initial); got != want {
-					t.Fatalf("%s: sum of %d bytes from %#x = %#04x, want %#04x", name, n, initial, got, want)
-				}
-			}
-		}
-	}
-}
-
-func TestSumOfLargestPacket(t *testing.T) {
-	b := make([]byte, 1<<20+1)
-	for i := range b {
-		b[i] = 0xff
-	}
-	if got, want := sum(b, 0xffff), naiveSum(b, 0xffff); got != want {
-		t.Errorf("sum = %#04x, want %#04x", got, want)
-	}
-}
-
-func FuzzSum(f *testing.F) {
-	f.Add([]byte{}, uint16(0), uint16(0))
-	f.Add([]byte{0, 1, 0xf2, 3, 0xf4, 0xf5, 0xf6, 0xf7}, uint16(0), uint16(2))
-	f.Add(make([]byte, 129), uint16(0xffff), uint16(64))
-	f.Fuzz(func(t *testing.T, b []byte, initial, cut uint16) {
-		want := naiveSum(b, initial)
-		if got := sum(b, initial); got != want {
-			t.Fatalf("sum(%x, %#x) = %#04x, want %#04x", b, initial, got, want)
-		}
-		at := min(int(cut), len(b)) &^ 1
-		if got := sum(b[at:], sum(b[:at], initial)); got != want {
-			t.Fatalf("in two parts at %d: %#04x, want %#04x", at, got, want)
-		}
-	})
 }
 
 // knownIPv4Header is the header of textbooks, with the checksum they give.
@@ -318,20 +253,5 @@ func TestFillAndVerify(t *testing.T) {
 	fillChecksum(99, &ipAddr{}, &ipAddr{}, b)
 	if string(b) != "\x01\x02\x03\x04\x05\x06\x07\x08" || checksumOK(&ipPacket{proto: 99}, b) {
 		t.Error("a protocol without a known checksum was given one")
-	}
-}
-
-var sinkSum uint16
-
-func BenchmarkSum(b *testing.B) {
-	for _, n := range []int{20, 40, 64, 576, 1460, 9000, 65535} {
-		buf := make([]byte, n)
-		b.Run(strconv.Itoa(n), func(b *testing.B) {
-			b.SetBytes(int64(n))
-			b.ReportAllocs()
-			for b.Loop() {
-				sinkSum = sum(buf, 0)
-			}
-		})
 	}
 }

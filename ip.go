@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 
 	"github.com/KarpelesLab/slirp/internal/reassembly"
+	"github.com/KarpelesLab/slirp/internal/sum"
 )
 
 // Protocol numbers, in the IPv4 protocol and the IPv6 next header field.
@@ -245,7 +246,7 @@ func (p *ipPacket) parse4(b []byte, cut bool) error {
 	p.src = mapped(b[12:16])
 	p.dst = mapped(b[16:20])
 
-	if b[10]|b[11] != 0 && sum(b[:ihl], 0) != 0xffff {
+	if b[10]|b[11] != 0 && sum.Of(b[:ihl], 0) != 0xffff {
 		p.badChecksum = true
 	}
 	frag := binary.BigEndian.Uint16(b[6:])
@@ -627,7 +628,7 @@ func putHeaders(frame []byte, l *link, version uint16, proto uint8, src, dst *ip
 		be.PutUint16(ip[10:], 0)
 		copy(ip[12:], src[12:])
 		copy(ip[16:], dst[12:])
-		be.PutUint16(ip[10:], ^sum(ip, 0))
+		be.PutUint16(ip[10:], ^sum.Of(ip, 0))
 		return
 	}
 	be.PutUint16(frame[12:], etherTypeIPv6)

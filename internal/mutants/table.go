@@ -7,6 +7,7 @@ const (
 	stack  = "."
 	pieces = "./internal/reassembly ."
 	policy = "./internal/egress ."
+	sums   = "./internal/sum"
 )
 
 // mutants are the faults: each one that somebody could make, and none that makes no
@@ -24,7 +25,9 @@ var mutants = []mutant{
 	{"udp/checksum not checked", "udp.go", "case !checksumOK(p, datagram):", "case false:", stack},
 	{"checksum/of an offloading guest refused", "checksum.go", "return field == pseudo || ", "return ", stack},
 	{"checksum/0 sent for UDP", "checksum.go", "c == 0 && proto == protoUDP", "c == 1 && proto == protoUDP", stack},
-	{"checksum/carry lost", "checksum.go", "acc, carry = bits.Add64(acc, carry2, carry)", "acc, carry = bits.Add64(acc, 0, carry)", stack},
+	{"checksum/carry lost", "internal/sum/sum.go", "acc, carry = bits.Add64(acc, carry2, carry)", "acc, carry = bits.Add64(acc, 0, carry)", sums},
+	{"checksum/fold without its carry", "internal/sum/sum.go", "half += bits.RotateLeft32(half, 16)", "half += half << 16", sums},
+	{"checksum/copied to memory that is too short", "internal/sum/sum.go", "if len(dst) < len(src) {", "if cap(dst) < len(src) {", sums},
 
 	// Fragments.
 	{"fragments/overlap with the next", "internal/reassembly/datagram.go",
