@@ -9,7 +9,7 @@
 // # The life of a packet
 //
 // HandlePacket parses the IP header of either family into one struct (ip.go),
-// checks the transport checksum (checksum.go), and finds the flow by its key:
+// checks the transport checksum (checksum.go, internal/sum), and finds the flow by its key:
 // namespace, protocol, both addresses and ports (flow.go). A TCP segment goes
 // under the flow's lock into its state machine (internal/tcp); what that makes
 // due is pulled out segment by segment, the lock is released, headers and

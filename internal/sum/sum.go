@@ -1,7 +1,8 @@
 // Package sum is the one's complement arithmetic of the Internet checksum, RFC 1071.
 //
 // The bulk of what is long is added with AVX2 where the machine has that (sum_amd64.go,
-// sum_amd64.s), and all else by the loop in this file.
+// sum_amd64.s), and all else by the loop in this file. With the build tag purego there
+// is no assembly.
 package sum
 
 import (
