@@ -560,11 +560,16 @@ func putVirtioHeader(frame []byte) {
 	frame[10] = 1 // num_buffers
 }
 
-// finishSegment is finishFrame for TCP on a link that completes frames: the checksum
-// is left to it, and a segment with more payload than mss to be cut there.
+// finishSegment is finishFrame for a segment of a TCB, whose checksum field has the sum of
+// its payload already. On a link that completes frames the checksum is left to that, and a
+// segment with more payload than mss to be cut there.
 func finishSegment(frame []byte, l *link, version uint16, src, dst ipAddr, mss int) {
 	if !l.virtio {
-		finishFrame(frame, l, version, protoTCP, src, dst)
+		segment := frame[l.headerLen(version):]
+		header := segment[:int(segment[12]>>4)*4]
+		be, off := binary.BigEndian, checksumOffset(protoTCP)
+		be.PutUint16(segment[off:], ^sum.Of(header, pseudoSum(&src, &dst, protoTCP, uint32(len(segment)))))
+		putHeaders(frame, l, version, protoTCP, &src, &dst, defaultHopLimit)
 		return
 	}
 	le, start := binary.LittleEndian, frameHeaderLen(version)

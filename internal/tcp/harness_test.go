@@ -251,7 +251,8 @@ func (h *harness) pull() {
 	}
 }
 
-// checkedOutput is Output, which does nothing where Quiet says so.
+// checkedOutput is Output, which does nothing where Quiet says so, and adds up the
+// payload.
 func checkedOutput(t testing.TB, c *TCB, now Time, buf []byte) int {
 	t.Helper()
 	quiet, timers, backoff := c.Quiet(), c.timers, c.persistBackoff
@@ -259,7 +260,26 @@ func checkedOutput(t testing.TB, c *TCB, now Time, buf []byte) int {
 	if quiet && (n != 0 || c.timers != timers || c.persistBackoff != backoff) {
 		t.Fatalf("quiet: %d bytes, timers %v, before %v", n, c.timers, timers)
 	}
+	if n > 0 {
+		var want uint16
+		if c.cfg.Offload == 0 {
+			want = wordSum(buf[int(buf[12]>>4)*4 : n])
+		}
+		if got := binary.BigEndian.Uint16(buf[16:]); got != want {
+			t.Fatalf("the sum of the payload of % x is %#04x, not %#04x", buf[:n], want, got)
+		}
+	}
 	return n
+}
+
+// wordSum is the one's complement sum of RFC 1071, one word after the other.
+func wordSum(p []byte) uint16 {
+	var s uint32
+	for i, c := range p {
+		s += uint32(c) << (8 - i%2*8)
+		s = s&0xffff + s>>16
+	}
+	return uint16(s)
 }
 
 // took takes a segment of the TCB, as it leaves the link.

@@ -6,8 +6,10 @@ import "time"
 // and 3.10.2 (SEND), NextSeg of RFC 6675 section 4. To decide and to build are
 // one step, so that there is one account of what is due.
 
-// Output writes the segment that is due, with checksum 0, to buf and returns its
-// length; 0 when nothing is due. buf needs MaxHeaderLen and a segment's payload, or
+// Output writes the segment that is due to buf and returns its length; 0 when nothing
+// is due. In the place of its checksum stands the sum of its payload (RFC 1071, not
+// complemented), which is taken on the way; or 0 if Config.Offload has the link complete
+// it. buf needs MaxHeaderLen and a segment's payload, or
 // that of Config.Offload if that is more. One with more payload than SegmentSize is
 // to be cut there by whoever has it next: all parts have its header, but for the
 // sequence number, and PSH and FIN, which are the last one's.
@@ -269,7 +271,12 @@ func (t *TCB) outputData(now Time, buf []byte, s span, kind sendKind) int {
 		t.arm(timerRexmt, now, t.rtt.timeout())
 	}
 	length := t.output(now, buf, &seg, n)
-	t.sendBuf.ring.read(s.start, buf[length-int(n):length])
+	payload := buf[length-int(n) : length]
+	if t.cfg.Offload > 0 {
+		t.sendBuf.ring.read(s.start, payload)
+	} else {
+		putChecksum(buf, t.sendBuf.ring.readSum(s.start, payload))
+	}
 	return length
 }
 

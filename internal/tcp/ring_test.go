@@ -123,3 +123,24 @@ func TestRingBeginsAnew(t *testing.T) {
 		t.Errorf("after much more than maxHint it begins with %d bytes", r.size())
 	}
 }
+
+// TestRingReadSum: the sum is right wherever the ring wraps.
+func TestRingReadSum(t *testing.T) {
+	r := ring{origin: 7}
+	size := int64(1 << minRingBits)
+	r.grow(size, span{})
+	defer r.release()
+	for i := range *r.mem {
+		(*r.mem)[i] = byte(i*i>>3 + i)
+	}
+	for _, length := range []int64{0, 1, 2, 3, 300, 301, size - 1, size} {
+		for before := range int64(70) {
+			off := 7 + size - min(before, length)
+			want, got := make([]byte, length), make([]byte, length)
+			r.read(off, want)
+			if s := r.readSum(off, got); s != wordSum(want) || !bytes.Equal(got, want) {
+				t.Fatalf("%d bytes, %d of them before the wrap: sum %#04x, want %#04x", length, before, s, wordSum(want))
+			}
+		}
+	}
+}

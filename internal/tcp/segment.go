@@ -154,6 +154,9 @@ func (s *Segment) MarshalHeader(b []byte) int {
 	return n
 }
 
+// putChecksum writes the checksum field of the header in b.
+func putChecksum(b []byte, c uint16) { binary.BigEndian.PutUint16(b[16:], c) }
+
 // marshalOptions lays every option out on a 32-bit boundary, padded in front
 // with no-operations, as RFC 7323 appendix A advises.
 func (s *Segment) marshalOptions(b []byte) int {
