@@ -379,7 +379,7 @@ type Stack struct {
 	ctx        context.Context // ends with Close
 	cancel     context.CancelFunc
 	isnSecret  [32]byte
-	epoch      time.Time // zero of the clock, see moment
+	epoch      time.Time // when the clock shows clockLead, see moment
 	counters   counters
 	limits     [numLimited]tokenBucket
 	fragmentID fragmentIDs
@@ -427,7 +427,7 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 	s := &Stack{
 		cfg:       cfg,
 		ownDial:   ownDial,
-		epoch:     time.Now().Add(-clockLead),
+		epoch:     time.Now(),
 		flows:     make(map[flowKey]flow),
 		accounts:  make(map[uintptr]*account),
 		listeners: make(map[listenKey]*Listener),
@@ -490,7 +490,7 @@ type moment = tcp.Time
 const clockLead = 100 * 365 * 24 * time.Hour
 
 // now reads the clock.
-func (s *Stack) now() moment { return moment(time.Since(s.epoch)) }
+func (s *Stack) now() moment { return moment(clockLead + time.Since(s.epoch)) }
 
 // turn is a call of HandlePackets: the flows that have taken segments in it, and
 // answer when it ends, and the datagrams that go to the host together.

@@ -415,8 +415,14 @@ func TestHeldBytesFillTheWindow(t *testing.T) {
 // TestClock: the clock of a Stack never shows 0, which is no time, and goes as all
 // others do, in a bubble too, wherever the Stack was made.
 func TestClock(t *testing.T) {
-	check := func(t *testing.T, s *Stack) {
+	check := func(t *testing.T, begun time.Time, s *Stack) {
 		defer s.Close()
+		// A time.Time that is moved by years loses the clock that never jumps where the
+		// year comes out as one before 1885: from 1970, which is when it is until
+		// somebody sets the time of day.
+		if s.epoch.Before(begun) {
+			t.Errorf("the clock begins at %v, and the Stack at %v", s.epoch, begun)
+		}
 		before, since := s.now(), time.Now()
 		time.Sleep(time.Millisecond)
 		least := time.Since(since)
@@ -425,10 +431,10 @@ func TestClock(t *testing.T) {
 			t.Errorf("it was %d, and %v later %v to %v had passed", before, d, least, most)
 		}
 	}
-	check(t, New())
-	outside := New()
-	synctest.Test(t, func(t *testing.T) { check(t, outside) })
-	synctest.Test(t, func(t *testing.T) { check(t, New()) })
+	check(t, time.Now(), New())
+	begun, outside := time.Now(), New()
+	synctest.Test(t, func(t *testing.T) { check(t, begun, outside) })
+	synctest.Test(t, func(t *testing.T) { check(t, time.Now(), New()) })
 }
 
 // TestReusedFramesOfOthers: with ReuseFrames a frame is left alone until its Writer
