@@ -61,6 +61,21 @@ func (s *Stack) lookup(key *flowKey) flow {
 	return f
 }
 
+// lookupTCP finds a TCP flow, mostly without the table: one segment of a flow rarely
+// comes alone.
+func (s *Stack) lookupTCP(key *flowKey) *tcpConn {
+	if c := s.latest.Load(); c != nil && c.key == *key {
+		return c
+	}
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	c, _ := s.flows[*key].(*tcpConn)
+	if c != nil {
+		s.latest.Store(c)
+	}
+	return c
+}
+
 // insert enters f in the table and counts it in its namespace. It fails when the
 // table has the key, the namespace is full, or the Stack is closed. The caller
 // holds s.mu.
@@ -106,6 +121,7 @@ func (s *Stack) removeLocked(key *flowKey, f flow) {
 	delete(s.flows, *key)
 	a := s.account(key.ns)
 	if c, ok := f.(*tcpConn); ok {
+		s.latest.CompareAndSwap(c, nil)
 		if c.lingering != nil {
 			a.timeWait.Remove(c.lingering)
 			c.lingering = nil

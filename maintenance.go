@@ -122,6 +122,7 @@ func (s *Stack) Close() error {
 	s.listeners = nil
 	flows := s.flows
 	s.flows, s.accounts = nil, make(map[uintptr]*account)
+	s.latest.Store(nil)
 	s.guests, s.paths, s.routes = nil, nil, nil
 	draining := slices.Collect(maps.Keys(s.draining))
 	s.fragments = reassembly.New(reassembly.Limits{}) // Stats looks at it

@@ -384,11 +384,12 @@ type Stack struct {
 	limits     [numLimited]tokenBucket
 	fragmentID fragmentIDs
 	logLimits  [numFlowNews]tokenBucket
-	slabs      sync.Pool      // of *slab
-	goroutines sync.WaitGroup // that Close waits for
-	poller     *hostio.Poller // for the hosts of TCP flows that rest
-	closed     atomic.Bool    // set under mu
-	numPaths   atomic.Int32   // len(paths)
+	slabs      sync.Pool               // of *slab
+	goroutines sync.WaitGroup          // that Close waits for
+	poller     *hostio.Poller          // for the hosts of TCP flows that rest
+	closed     atomic.Bool             // set under mu
+	numPaths   atomic.Int32            // len(paths)
+	latest     atomic.Pointer[tcpConn] // one of flows, or nil: it had the latest segment. Set with mu held
 
 	mu          sync.RWMutex
 	flows       map[flowKey]flow

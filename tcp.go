@@ -35,7 +35,7 @@ func (s *Stack) handleTCP(p *ipPacket, l *link, t *turn) error {
 		return nil
 	}
 	key := flowKey{l.ns, p.src, p.dst, seg.SrcPort, seg.DstPort, protoTCP, p.version}
-	old, _ := s.lookup(&key).(*tcpConn)
+	old := s.lookupTCP(&key)
 	if old != nil {
 		if ok, err := old.handle(&seg, p, l, t); ok {
 			return err

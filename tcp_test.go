@@ -1819,3 +1819,48 @@ func TestDialWithoutConnection(t *testing.T) {
 		}
 	})
 }
+
+// TestLatestFlow: the flow that had the latest segment is found without the table for as
+// long as that has it, and no longer; a connection of the same name after it is another.
+func TestLatestFlow(t *testing.T) {
+	eachFamily(t, func(t *testing.T, fam family) {
+		m, _ := newRig(t, Config{})
+		mustListen(t, m.s, "tcp", fam.at(80).String())
+		first, second := m.open(1025, fam.at(80)), m.open(1026, fam.at(80))
+		is := func(g *guest) bool {
+			c := m.s.latest.Load()
+			if g == nil || c == nil {
+				return g == nil && c == nil
+			}
+			return c.key == *g.key()
+		}
+		first.connect()
+		second.connect()
+		if !is(second) {
+			t.Error("the latest flow is not the one that spoke last")
+		}
+		first.data("x")
+		first.expectACK()
+		if !is(first) {
+			t.Error("the latest flow is not the one that spoke last")
+		}
+		second.rst()
+		if first.ack(); !is(first) {
+			t.Error("the end of another flow is that of the latest")
+		}
+		before := m.s.latest.Load()
+		if first.rst(); !is(nil) {
+			t.Error("a flow is the latest and gone")
+		}
+		again := m.open(1025, fam.at(80))
+		again.connect()
+		again.ack()
+		if c := m.s.latest.Load(); c == before || !is(again) {
+			t.Error("the new connection is not the latest flow")
+		}
+		m.s.Close()
+		if !is(nil) {
+			t.Error("a flow is the latest of a Stack that is closed")
+		}
+	})
+}
