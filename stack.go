@@ -215,7 +215,9 @@ type Config struct {
 	// the guest's frames off with that of Ethernet. What it says need not be looked
 	// at. Packets that are longer than the MTU and TCP and UDP checksums that are not
 	// finished are taken with and without VirtioNetHeader, so a guest can be offered
-	// to send such (VIRTIO_NET_F_CSUM, HOST_TSO4 and HOST_TSO6, or TUNSETOFFLOAD).
+	// to send such (VIRTIO_NET_F_CSUM, HOST_TSO4 and HOST_TSO6, or TUNSETOFFLOAD). Only
+	// a checksum inside of a tunnel (VXLAN), which Linux 6.17 leaves to a TAP device, is
+	// the caller's to complete: csum_start is then behind the packet's own IP header.
 	VirtioNetHeader bool
 
 	// VirtioNetUSO makes one frame of the UDP datagrams of a flow that have come
