@@ -51,8 +51,8 @@ func openTAP(ns, name string, vnet bool, poll time.Duration) (*device, error) {
 		runtime.LockOSThread()
 		if err = enter(ns); err == nil {
 			fd, err = open(name, vnet)
-			if err == nil {
-				uso, err = offload(fd, vnet)
+			if err == nil && vnet {
+				uso, err = offload(fd)
 			}
 		}
 	}()
@@ -152,21 +152,17 @@ func open(name string, vnet bool) (fd int, err error) {
 	return fd, ioctl("TUNSETIFF", fd, syscall.TUNSETIFF, uintptr(unsafe.Pointer(&ifreq)))
 }
 
-// offload has the kernel hand packets of many segments, and unfinished checksums, to us:
-// the stack takes them, and needs no virtio_net_hdr to do so. Only what goes to the kernel
-// needs one. What it takes from us is not for us to choose: whether several UDP datagrams
-// in a frame are among it (Linux 6.2) shows in whether it would hand us such. It must not:
-// the stack is given packets without their virtio_net_hdr, and cannot tell several
-// datagrams from one that is long.
-func offload(fd int, vnet bool) (uso bool, err error) {
-	const offloads = tunChecksum | tunTSO4 | tunTSO6
-	if !vnet {
-		return false, ioctl("TUNSETOFFLOAD", fd, syscall.TUNSETOFFLOAD, offloads)
-	}
+// offload has the kernel hand packets of many segments, and unfinished checksums, to us.
+// What it takes from us is not for us to choose: whether several UDP datagrams in a frame
+// are among it (Linux 6.2) shows in whether it would hand us such. It must not: the stack
+// is given packets without their virtio_net_hdr, and cannot tell several datagrams from
+// one that is long.
+func offload(fd int) (uso bool, err error) {
 	size := int32(slirp.VirtioNetHeaderLen)
 	if err := ioctl("TUNSETVNETHDRSZ", fd, syscall.TUNSETVNETHDRSZ, uintptr(unsafe.Pointer(&size))); err != nil {
 		return false, err
 	}
+	const offloads = tunChecksum | tunTSO4 | tunTSO6
 	uso = ioctl("TUNSETOFFLOAD", fd, syscall.TUNSETOFFLOAD, offloads|tunUSO4|tunUSO6) == nil
 	return uso, ioctl("TUNSETOFFLOAD", fd, syscall.TUNSETOFFLOAD, offloads)
 }
