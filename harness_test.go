@@ -1329,7 +1329,7 @@ func (g *guest) upload(data []byte) {
 func (g *guest) wrapStack() {
 	iss := g.s.tcbConfig(g.key(), g.s.now(), nil).ISS
 	const want = 0xffffffe0
-	g.s.epoch = g.s.epoch.Add(-time.Duration(want-iss) * 4 * time.Microsecond)
+	g.s.isnEpoch = g.s.isnEpoch.Add(-time.Duration(want-iss) * 4 * time.Microsecond)
 }
 
 // key returns the name of the flow in the stack's table.

@@ -53,7 +53,7 @@ func (g *guest) segmentAt(flags string, seq, ack uint32, payload []byte) segment
 // begins now.
 func (g *guest) beginAt(iss uint32) {
 	now := g.s.tcbConfig(g.key(), g.s.now(), nil).ISS
-	g.s.epoch = g.s.epoch.Add(-time.Duration(iss-now) * 4 * time.Microsecond)
+	g.s.isnEpoch = g.s.isnEpoch.Add(-time.Duration(iss-now) * 4 * time.Microsecond)
 }
 
 // sackBlocks returns the blocks of a segment, relative to the guest's SYN.

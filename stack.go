@@ -381,7 +381,8 @@ type Stack struct {
 	ctx        context.Context // ends with Close
 	cancel     context.CancelFunc
 	isnSecret  [32]byte
-	epoch      time.Time // when the clock shows clockLead, see moment
+	began      time.Time // when the clock showed clockLead, see moment
+	isnEpoch   moment    // of the ISN clock
 	counters   counters
 	limits     [numLimited]tokenBucket
 	fragmentID fragmentIDs
@@ -430,7 +431,8 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 	s := &Stack{
 		cfg:       cfg,
 		ownDial:   ownDial,
-		epoch:     time.Now(),
+		began:     time.Now(),
+		isnEpoch:  moment(clockLead),
 		flows:     make(map[flowKey]flow),
 		accounts:  make(map[uintptr]*account),
 		listeners: make(map[listenKey]*Listener),
@@ -493,7 +495,7 @@ type moment = tcp.Time
 const clockLead = 100 * 365 * 24 * time.Hour
 
 // now reads the clock.
-func (s *Stack) now() moment { return moment(clockLead + time.Since(s.epoch)) }
+func (s *Stack) now() moment { return moment(clockLead + time.Since(s.began)) }
 
 // turn is a call of HandlePackets: the flows that have taken segments in it, and
 // answer when it ends, and the datagrams that go to the host together.

@@ -98,7 +98,7 @@ func (s *Stack) tcbConfig(key *flowKey, now moment, old *tcpConn) tcp.Config {
 	b = binary.BigEndian.AppendUint16(b, key.hostPort)
 	b = binary.BigEndian.AppendUint16(b, key.version)
 	h := sha256.Sum256(b)
-	iss := binary.BigEndian.Uint32(h[:]) + uint32(now.Sub(0)/(4*time.Microsecond))
+	iss := binary.BigEndian.Uint32(h[:]) + uint32(now.Sub(s.isnEpoch)/(4*time.Microsecond))
 	if old != nil {
 		iss = old.above(iss)
 	}
@@ -106,7 +106,7 @@ func (s *Stack) tcbConfig(key *flowKey, now moment, old *tcpConn) tcp.Config {
 		LocalPort: key.hostPort, RemotePort: key.guestPort,
 		MSS: transportMSS(key.version, s.cfg.MTU), DefaultMSS: defaultMSS(key.version),
 		SendBuffer: s.cfg.SendBuffer, ReceiveBuffer: s.cfg.ReceiveBuffer,
-		ISS: iss, TSOffset: binary.BigEndian.Uint32(h[4:]) + uint32(now.Sub(0)/time.Millisecond),
+		ISS: iss, TSOffset: binary.BigEndian.Uint32(h[4:]) + uint32(now.Sub(s.isnEpoch)/time.Millisecond),
 	}
 	if s.cfg.VirtioNetHeader {
 		cfg.Offload = maxIPLength - ipHeaderLen(key.version) - tcp.MaxHeaderLen

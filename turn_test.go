@@ -420,8 +420,8 @@ func TestClock(t *testing.T) {
 		// A time.Time that is moved by years loses the clock that never jumps where the
 		// year comes out as one before 1885: from 1970, which is when it is until
 		// somebody sets the time of day.
-		if s.epoch.Before(begun) {
-			t.Errorf("the clock begins at %v, and the Stack at %v", s.epoch, begun)
+		if s.began.Before(begun) {
+			t.Errorf("the clock begins at %v, and the Stack at %v", s.began, begun)
 		}
 		before, since := s.now(), time.Now()
 		time.Sleep(time.Millisecond)
