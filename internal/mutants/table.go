@@ -133,9 +133,11 @@ var mutants = []mutant{
 	{"timer/one keep-alive more", "internal/tcp/timer.go", "t.keepProbes > t.cfg.KeepAlive.Count", "t.keepProbes > t.cfg.KeepAlive.Count+1", rules},
 	{"timer/answered probes count", "internal/tcp/timer.go", "t.probedAt, t.keepProbes = 0, 0", "t.keepProbes = 0", rules},
 	{"timer/probes not backed off", "internal/tcp/timer.go", "\t\tt.persistBackoff++\n", "", rules},
+	{"ring/odd part of a sum not swapped", "internal/tcp/ring.go", "\t\t\tpart = bits.ReverseBytes16(part)\n", "", rules},
 	{"timer/orphan lives on", "internal/tcp/tcb.go", "\t\tt.arm(timerEnd, now, orphanTime)\n\t}\n}", "\t}\n}", rules},
 
 	// Flows.
+	{"flow/the latest outlives itself", "flow.go", "\t\ts.latest.CompareAndSwap(c, nil)\n", "", stack},
 	{"flow/one TCP flow too many", "flow.go", "if limit >= 0 && *n >= limit {", "if limit >= 0 && *n > limit {", stack},
 	{"flow/flow not counted off", "flow.go", "\t*a.flows(key.proto)--\n", "", stack},
 	{"flow/one dial too many", "maintenance.go", "a.dials >= s.cfg.MaxPendingDials", "a.dials > s.cfg.MaxPendingDials", stack},
