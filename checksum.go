@@ -6,7 +6,6 @@ package slirp
 
 import (
 	"encoding/binary"
-	"math/bits"
 
 	"github.com/KarpelesLab/slirp/internal/sum"
 )
@@ -49,12 +48,7 @@ func classicChecksum(src, dst []byte, proto uint8, hdr, payload []byte) uint16 {
 	length := uint32(len(hdr)) + uint32(len(payload))
 	s := sum.Of(dst, sum.Of(src, pseudoTail(proto, length)))
 	s = sumWithout(hdr, checksumOffset(proto), s)
-	if len(hdr)%2 == 0 {
-		return ^sum.Of(payload, s)
-	}
-	// The payload begins in the second half of a 16-bit word. RFC 1071 section
-	// 2 (B): the sum of byte-swapped words is the byte-swapped sum.
-	return ^sum.Add(s, bits.ReverseBytes16(sum.Of(payload, 0)))
+	return ^sum.Join(s, len(hdr), sum.Of(payload, 0))
 }
 
 // checksumOffset returns where the checksum field stands in a transport header,

@@ -4,24 +4,9 @@ import (
 	"encoding/binary"
 	"math/rand/v2"
 	"testing"
-)
 
-// naiveSum is RFC 1071 section 1 word for word: 16-bit words, the carry added
-// back in at once.
-func naiveSum(b []byte, initial uint16) uint16 {
-	s := uint32(initial)
-	for i := 0; i < len(b); i += 2 {
-		w := uint32(b[i]) << 8
-		if i+1 < len(b) {
-			w |= uint32(b[i+1])
-		}
-		s += w
-		if s > 0xffff {
-			s -= 0xffff
-		}
-	}
-	return uint16(s)
-}
+	"github.com/KarpelesLab/slirp/internal/sum"
+)
 
 // naivePseudo builds the pseudo-header of an IP version as bytes.
 func naivePseudo(version uint16, src, dst ipAddr, proto uint8, length int) []byte {
@@ -58,7 +43,7 @@ func TestIPChecksum(t *testing.T) {
 		if n >= 12 {
 			b[10], b[11] = 0, 0
 		}
-		if got, want := IPChecksum(hdr[:n]), ^naiveSum(b, 0); got != want {
+		if got, want := IPChecksum(hdr[:n]), ^sum.Of(b, 0); got != want {
 			t.Errorf("%d bytes: %#04x, want %#04x", n, got, want)
 		}
 	}
@@ -90,7 +75,7 @@ func TestTransportChecksums(t *testing.T) {
 					whole[tt.field], whole[tt.field+1] = 0, 0
 				}
 				whole = append(whole, payload...)
-				want := ^naiveSum(append(naivePseudo(4, mapped(src), mapped(dst), tt.proto, len(whole)), whole...), 0)
+				want := ^sum.Of(append(naivePseudo(4, mapped(src), mapped(dst), tt.proto, len(whole)), whole...), 0)
 				if want == 0 && tt.proto == 17 {
 					want = 0xffff
 				}
@@ -133,13 +118,13 @@ func TestIPv6Checksum(t *testing.T) {
 		for i := range data {
 			data[i] = byte(r.Uint32())
 		}
-		want := ^naiveSum(append(naivePseudo(6, src, dst, 58, n), data...), 0)
+		want := ^sum.Of(append(naivePseudo(6, src, dst, 58, n), data...), 0)
 		if got := IPv6Checksum(src, dst, 58, uint32(n), data); got != want {
 			t.Fatalf("%d bytes: %#04x, want %#04x", n, got, want)
 		}
 	}
 	// The length is a number of its own: 32 bits, and not that of data.
-	want := ^naiveSum(append(naivePseudo(6, src, dst, 6, 0x12345678), 1, 2, 3), 0)
+	want := ^sum.Of(append(naivePseudo(6, src, dst, 6, 0x12345678), 1, 2, 3), 0)
 	if got := IPv6Checksum(src, dst, 6, 0x12345678, []byte{1, 2, 3}); got != want {
 		t.Errorf("long length: %#04x, want %#04x", got, want)
 	}
@@ -171,7 +156,7 @@ func TestPseudoSum(t *testing.T) {
 	for _, a := range testPairs {
 		for _, n := range []int{0, 1, 8, 20, 1480, 65515, 65535} {
 			for _, proto := range []uint8{6, 17, 58, 255} {
-				want := naiveSum(naivePseudo(a.version, a.src, a.dst, proto, n), 0)
+				want := sum.Of(naivePseudo(a.version, a.src, a.dst, proto, n), 0)
 				if got := pseudoSum(&a.src, &a.dst, proto, uint32(n)); got != want {
 					t.Errorf("%v > %v proto %d length %d: %#04x, want %#04x", a.src.addr(), a.dst.addr(), proto, n, got, want)
 				}
@@ -201,14 +186,14 @@ func TestFillAndVerify(t *testing.T) {
 				if tt.pseudo {
 					whole = naivePseudo(a.version, a.src, a.dst, tt.proto, n)
 				}
-				if got := naiveSum(append(whole, b...), 0); got != 0xffff {
+				if got := sum.Of(append(whole, b...), 0); got != 0xffff {
 					t.Fatalf("proto %d, %d bytes: the filled message sums to %#04x", tt.proto, n, got)
 				}
 				right := binary.BigEndian.Uint16(field)
 				if !checksumOK(&p, b) {
 					t.Fatalf("proto %d, %d bytes: the right checksum is refused", tt.proto, n)
 				}
-				partial := naiveSum(whole, 0)
+				partial := sum.Of(whole, 0)
 				for _, v := range []struct {
 					name  string
 					value uint16

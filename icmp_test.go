@@ -12,6 +12,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/KarpelesLab/slirp/internal/sum"
 )
 
 // icmpHarness is a Stack, and the frames that its ICMP code sends.
@@ -84,7 +86,7 @@ func withChecksum(packet []byte, off int) []byte {
 	if p.proto != protoICMP {
 		pseudo = naivePseudo(p.version, p.src, p.dst, p.proto, len(b)-off)
 	}
-	binary.BigEndian.PutUint16(field, ^naiveSum(append(pseudo, b[off:]...), 0))
+	binary.BigEndian.PutUint16(field, ^sum.Of(append(pseudo, b[off:]...), 0))
 	return b
 }
 
@@ -150,7 +152,7 @@ func TestEchoChecksums(t *testing.T) {
 			if err := parseIP(req, &p); err != nil {
 				t.Fatal(err)
 			}
-			partial := naiveSum(naivePseudo(p.version, p.src, p.dst, p.proto, len(p.payload)), 0)
+			partial := sum.Of(naivePseudo(p.version, p.src, p.dst, p.proto, len(p.payload)), 0)
 			h.send(patched(req, field, byte(partial>>8), byte(partial)))
 			if tt.partial {
 				h.want()

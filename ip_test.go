@@ -14,6 +14,8 @@ import (
 	"os"
 	"strings"
 	"testing"
+
+	"github.com/KarpelesLab/slirp/internal/sum"
 )
 
 func testAddr(s string) ipAddr { return ipAddrFrom(netip.MustParseAddr(s)) }
@@ -561,7 +563,7 @@ func mustFrame(t testing.TB, frame []byte) ipPacket {
 	b := p.raw
 	switch etherType := binary.BigEndian.Uint16(frame[12:]); etherType {
 	case 0x0800:
-		if b[0] != 0x45 || int(binary.BigEndian.Uint16(b[2:])) != len(b) || naiveSum(b[:20], 0) != 0xffff {
+		if b[0] != 0x45 || int(binary.BigEndian.Uint16(b[2:])) != len(b) || sum.Of(b[:20], 0) != 0xffff {
 			t.Fatalf("IPv4 header %x of a packet of %d bytes", b[:20], len(b))
 		}
 		p.version, p.ttl, p.proto, p.payload = 4, b[8], b[9], b[20:]
@@ -599,7 +601,7 @@ func mustChecksum(t testing.TB, p *ipPacket, b []byte) {
 	if p.proto != 1 {
 		pseudo = naivePseudo(p.version, p.src, p.dst, p.proto, len(b))
 	}
-	if got := naiveSum(append(pseudo, b...), 0); got != 0xffff {
+	if got := sum.Of(append(pseudo, b...), 0); got != 0xffff {
 		t.Fatalf("protocol %d of %d bytes: checksum is wrong, all sums to %#04x", p.proto, len(b), got)
 	}
 }

@@ -26,6 +26,7 @@ var mutants = []mutant{
 	{"checksum/of an offloading guest refused", "checksum.go", "return field == pseudo || ", "return ", stack},
 	{"checksum/0 sent for UDP", "checksum.go", "c == 0 && proto == protoUDP", "c == 1 && proto == protoUDP", stack},
 	{"checksum/carry lost", "internal/sum/sum.go", "acc, carry = bits.Add64(acc, carry2, carry)", "acc, carry = bits.Add64(acc, 0, carry)", sums},
+	{"checksum/odd part not swapped", "internal/sum/sum.go", "if n%2 != 0 {", "if false {", sums},
 	{"checksum/fold without its carry", "internal/sum/sum.go", "half += bits.RotateLeft32(half, 16)", "half += half << 16", sums},
 	{"checksum/copied to memory that is too short", "internal/sum/sum.go", "if len(dst) < len(src) {", "if cap(dst) < len(src) {", sums},
 
@@ -133,7 +134,7 @@ var mutants = []mutant{
 	{"timer/one keep-alive more", "internal/tcp/timer.go", "t.keepProbes > t.cfg.KeepAlive.Count", "t.keepProbes > t.cfg.KeepAlive.Count+1", rules},
 	{"timer/answered probes count", "internal/tcp/timer.go", "t.probedAt, t.keepProbes = 0, 0", "t.keepProbes = 0", rules},
 	{"timer/probes not backed off", "internal/tcp/timer.go", "\t\tt.persistBackoff++\n", "", rules},
-	{"ring/odd part of a sum not swapped", "internal/tcp/ring.go", "\t\t\tpart = bits.ReverseBytes16(part)\n", "", rules},
+	{"ring/parts of a sum not joined", "internal/tcp/ring.go", "sum.Join(s, n, ", "sum.Join(s, 0, ", rules},
 	{"timer/orphan lives on", "internal/tcp/tcb.go", "\t\tt.arm(timerEnd, now, orphanTime)\n\t}\n}", "\t}\n}", rules},
 
 	// Flows.

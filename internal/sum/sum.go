@@ -17,6 +17,16 @@ func Add(a, b uint16) uint16 {
 	return uint16(s) + uint16(s>>16)
 }
 
+// Join returns the sum of n bytes, which is a, and of those behind them, which is b. If n
+// is odd these begin in the second half of a word, and the sum of swapped words is the
+// swapped sum (RFC 1071 section 2 (B)).
+func Join(a uint16, n int, b uint16) uint16 {
+	if n%2 != 0 {
+		b = bits.ReverseBytes16(b)
+	}
+	return Add(a, b)
+}
+
 // Of returns the one's complement sum of initial and of b, read as big-endian
 // 16-bit words, the last one padded with a zero byte (RFC 1071 section 1). It is
 // not complemented. Sums chain, Of(b2, Of(b1, 0)), if b1 has an even length.

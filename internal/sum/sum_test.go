@@ -110,6 +110,16 @@ func TestAdd(t *testing.T) {
 	}
 }
 
+// A sum is that of its parts, wherever it is cut.
+func TestJoin(t *testing.T) {
+	b := []byte{0xff, 0xfe, 0x12, 0x34, 0xff, 0xff, 0xab}
+	for n := range len(b) + 1 {
+		if got, want := Join(Of(b[:n], 0), n, Of(b[n:], 0)), naive(b, 0); got != want {
+			t.Errorf("cut at %d: %#04x, want %#04x", n, got, want)
+		}
+	}
+}
+
 func TestKnownSums(t *testing.T) {
 	ipv4 := []byte{0x45, 0, 0, 0x73, 0, 0, 0x40, 0, 0x40, 0x11, 0xb8, 0x61, 0xc0, 0xa8, 0, 1, 0xc0, 0xa8, 0, 0xc7}
 	for _, tt := range []struct {

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/KarpelesLab/slirp/internal/sum"
 )
 
 const epoch = Time(time.Hour)
@@ -263,23 +265,13 @@ func checkedOutput(t testing.TB, c *TCB, now Time, buf []byte) int {
 	if n > 0 {
 		var want uint16
 		if c.cfg.Offload == 0 {
-			want = wordSum(buf[int(buf[12]>>4)*4 : n])
+			want = sum.Of(buf[int(buf[12]>>4)*4:n], 0)
 		}
 		if got := binary.BigEndian.Uint16(buf[16:]); got != want {
 			t.Fatalf("the sum of the payload of % x is %#04x, not %#04x", buf[:n], want, got)
 		}
 	}
 	return n
-}
-
-// wordSum is the one's complement sum of RFC 1071, one word after the other.
-func wordSum(p []byte) uint16 {
-	var s uint32
-	for i, c := range p {
-		s += uint32(c) << (8 - i%2*8)
-		s = s&0xffff + s>>16
-	}
-	return uint16(s)
 }
 
 // took takes a segment of the TCB, as it leaves the link.

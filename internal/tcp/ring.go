@@ -169,16 +169,10 @@ func (r *ring) write(off int64, p []byte) {
 
 // readSum is read, and returns the one's complement sum of what it copies.
 func (r *ring) readSum(off int64, p []byte) (s uint16) {
-	odd := false
-	for len(p) > 0 {
-		v := r.view(off, off+int64(len(p)))
-		part := sum.Copy(p, v, 0)
-		if odd { // it begins in the second half of a word: RFC 1071 section 2 (B)
-			part = bits.ReverseBytes16(part)
-		}
-		s = sum.Add(s, part)
-		odd = odd != (len(v)%2 == 1)
-		p, off = p[len(v):], off+int64(len(v))
+	for n := 0; n < len(p); {
+		v := r.view(off+int64(n), off+int64(len(p)))
+		s = sum.Join(s, n, sum.Copy(p[n:], v, 0))
+		n += len(v)
 	}
 	return s
 }

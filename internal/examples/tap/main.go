@@ -183,15 +183,12 @@ func finishInner(header, frame []byte) {
 	if header[0]&needsChecksum == 0 || start == transport(frame) || field+2 > len(frame) {
 		return
 	}
-	var sum uint32
-	for i, b := range frame[start:] {
-		sum += uint32(b) << (8 - i%2*8)
-		sum = sum&0xffff + sum>>16
+	// The sum of the inner pseudo-header is in the field already, so here that is empty.
+	sum := slirp.IPv6Checksum([16]byte{}, [16]byte{}, 0, 0, frame[start:])
+	if sum == 0 {
+		sum = 0xffff // 0 in UDP: there is none
 	}
-	if sum == 0xffff {
-		sum = 0 // 0 in UDP: there is none
-	}
-	binary.BigEndian.PutUint16(frame[field:], ^uint16(sum))
+	binary.BigEndian.PutUint16(frame[field:], sum)
 }
 
 // transport returns where the IP header of a frame ends.
