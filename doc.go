@@ -90,7 +90,10 @@
 //
 // A guest that is silent for TCPIdleTimeout is probed every 5 s; after three
 // probes without an answer both sides are reset. A guest that answers keeps its
-// flow. Each flow has its own deadlines; there is no sweep to wait for.
+// flow. A host is probed by the operating system as package net has it do (every 15 s,
+// 9 times): the guest's own probes, which the Stack answers, do not tell it whether the
+// host is there. A connection of Dial is as Dial has left it. Each flow has its own
+// deadlines; there is no sweep to wait for.
 //
 // # The life of a UDP flow
 //

@@ -140,6 +140,26 @@ func TestIdleReader(t *testing.T) {
 	})
 }
 
+// TestRestKeepsAlive has the host of a flow that rests asked whether it is still there:
+// the guest, whose own keep-alives are answered here, would never hear that it is not.
+func TestRestKeepsAlive(t *testing.T) {
+	eachRest(t, func(t *testing.T, r *idleRig) {
+		c, _, _ := r.connect()
+		r.rest(c)
+		raw, err := c.host.(*net.TCPConn).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		on := 0
+		raw.Control(func(fd uintptr) {
+			on, err = syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_KEEPALIVE)
+		})
+		if on == 0 || err != nil {
+			t.Errorf("SO_KEEPALIVE %d, %v", on, err)
+		}
+	})
+}
+
 // restNow has the goroutine that reads end if host is silent, and reports whether it has
 // asked for it.
 func restNow(c *tcpConn) bool {

@@ -333,7 +333,7 @@ func (cfg Config) withDefaults() (Config, error) {
 		cfg.Addresses = []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 2, 2}), netip.AddrFrom16([16]byte{0: 0xfd, 15: 2})}
 	}
 	if cfg.Dial == nil {
-		cfg.Dial = new(net.Dialer).DialContext
+		cfg.Dial = hostio.NewDialer().DialContext
 	}
 	if cfg.ListenPacket == nil {
 		cfg.ListenPacket = new(net.ListenConfig).ListenPacket

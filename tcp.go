@@ -421,8 +421,13 @@ func (c *tcpConn) restReader() { c.host.SetReadDeadline(time.Unix(1, 0)) }
 // It is called with c.mu held and returns without it.
 func (c *tcpConn) rest() {
 	s := c.stack
+	keepAlive := s.ownDial && !c.rested
+	c.rested = true
 	c.mu.Unlock()
 	c.host.SetReadDeadline(time.Time{})
+	if keepAlive {
+		hostio.KeepAlive(c.host)
+	}
 	c.mu.Lock()
 	c.calledBack, c.silent, c.idle = false, false, false
 	resting := s.ownDial && !c.gone && s.poller.Await(c.stream, c.hostReadable)

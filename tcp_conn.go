@@ -53,6 +53,7 @@ type tcpConn struct {
 	readWaits   bool          // for room in the send buffer
 	silent      bool          // readHost waits for host to have something to read
 	idle        bool          // silent is true, ever since lookAt was set
+	rested      bool          // the reader of host has ended for a rest before
 	calledBack  bool          // restReader is called, and readHost does not know it yet
 	readDone    bool          // host has nothing more to say
 	ending      bool          // host has failed, and its last words wait for emitting to be false

@@ -149,6 +149,9 @@ var mutants = []mutant{
 	{"relay/host's reset is a FIN", "tcp.go", "if (err == io.EOF || c.closedWhole) && !c.writeErr {", "if (err != nil || err == io.EOF || c.closedWhole) && !c.writeErr {", stack},
 	{"relay/guest's reset is a FIN", "tcp.go", "h.SetLinger(0)", "h.SetLinger(-1)", stack},
 	{"relay/unwritten data acknowledged", "tcp.go", "\tif err != nil {\n\t\tc.hostFailed()\n\t}\n", "", stack},
+	{"relay/host of a flow that rests not probed", "tcp.go", "s.ownDial && !c.rested", "s.ownDial && c.rested", stack},
+	{"relay/dial is to wait for the poller", "internal/hostio/dial_linux.go", "!strings.HasPrefix(network, \"tcp\")", "strings.HasPrefix(network, \"tcp\")", "./internal/hostio"},
+	{"relay/refusal of the early connect lost", "internal/hostio/dial_linux.go", "failed != syscall.EINPROGRESS {", "failed == syscall.EINPROGRESS {", "./internal/hostio"},
 	{"relay/new SYN while dialing ignored", "tcp.go", "if seg.Seq != o.syn.Seq {", "if seg.Seq == o.syn.Seq {", stack},
 	{"relay/any reset ends a dial", "tcp.go", "if seg.Seq == o.syn.Seq || seg.Seq == o.syn.Seq+1 {", "if seg.Seq == o.syn.Seq || seg.Seq != o.syn.Seq+1<<31 {", stack},
 
