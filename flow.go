@@ -3,6 +3,7 @@ package slirp
 import (
 	"context"
 	"net/netip"
+	"syscall"
 	"time"
 )
 
@@ -51,6 +52,72 @@ type flow interface {
 	// endSoon resets the flow and frees what it holds, without waiting for a
 	// Writer. The table has forgotten it already, or is about to.
 	endSoon()
+}
+
+// idleAfter is about the time after which a host that has nothing to say is taken for
+// one that will not have for long. The goroutine that reads from it then ends: its stack,
+// which has been deep for a dial or for frames and does not become as small again, is most
+// of what an idle flow takes. To do so at each pause would make short connections dearer
+// by a tenth.
+const idleAfter = 25 * time.Millisecond
+
+// lull finds out that a host is silent for as long as that. It is guarded by the lock of
+// the flow.
+type lull struct {
+	lookAt     moment // when look is to be called; 0: it is not
+	silent     bool   // the reader waits for the host to have something to read
+	idle       bool   // silent is true, ever since lookAt was set
+	calledBack bool   // the reader is called back, and does not know it yet
+}
+
+// begin notes that there is nothing to read. It reports whether it has set lookAt.
+func (l *lull) begin(s *Stack) bool {
+	l.silent = true
+	if l.lookAt != 0 {
+		return false
+	}
+	l.idle = true
+	l.lookAt = s.now().Add(idleAfter) // the Writer may have taken any time
+	return true
+}
+
+// end notes that there may be something to read.
+func (l *lull) end() { l.silent, l.idle = false, false }
+
+// look is called when lookAt has come. It reports whether the caller is to call the reader
+// back from its wait, which only a deadline does. If there is something to read after all,
+// the rest is short.
+func (l *lull) look(now moment) (rest bool) {
+	l.lookAt = 0
+	if !l.silent || l.calledBack {
+		return false
+	}
+	l.calledBack = l.idle
+	if !l.idle {
+		l.idle = true
+		l.lookAt = now.Add(idleAfter)
+	}
+	return l.calledBack
+}
+
+// callBack has a read that waits for a socket return [os.ErrDeadlineExceeded].
+func callBack(socket interface{ SetReadDeadline(time.Time) error }) {
+	socket.SetReadDeadline(time.Unix(1, 0))
+}
+
+// await has ready called when there is something to read from the socket of a flow that
+// rests. It reports false if that is not possible.
+func (s *Stack) await(socket any, ready func()) bool {
+	c, ok := socket.(syscall.Conn)
+	return ok && s.poller.Await(c, ready)
+}
+
+// forget is the end of await. It is called before a socket is closed, of a flow that is
+// gone: it does not begin to rest any more.
+func (s *Stack) forget(socket any) {
+	if c, ok := socket.(syscall.Conn); ok {
+		s.poller.Forget(c)
+	}
 }
 
 // lookup finds a flow.

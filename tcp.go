@@ -354,7 +354,7 @@ func (c *tcpConn) readHost() {
 		func() []byte {
 			c.mu.Lock()
 			defer c.mu.Unlock()
-			c.silent, c.idle = false, false
+			c.lull.end()
 			p := c.tcb.Reserve(size)
 			lent, starved = len(p), len(p) == 0
 			return p
@@ -363,7 +363,9 @@ func (c *tcpConn) readHost() {
 			c.mu.Lock()
 			defer c.mu.Unlock()
 			c.tcb.Commit(0)
-			c.hostSilent()
+			if c.stream.OK() && c.lull.begin(c.stack) {
+				c.setTimer(c.stack.now())
+			}
 		})
 	for c.waitWritable() {
 		starved = false
@@ -392,30 +394,7 @@ func (c *tcpConn) readHost() {
 	}
 }
 
-// idleAfter is about the time after which a host that has nothing to say is taken for
-// one that will not have for long. The goroutine that reads from it then ends: its stack,
-// which has been deep for a dial or for frames and does not become as small again, is most
-// of what an idle flow takes. To do so at each pause would make short connections dearer
-// by a tenth.
-const idleAfter = 25 * time.Millisecond
-
-// hostSilent notes that there is nothing to read from host. It is called with c.mu held.
-func (c *tcpConn) hostSilent() {
-	c.silent = true
-	if c.lookAt == 0 && c.stream.OK() {
-		now := c.stack.now() // the Writer may have taken any time
-		c.idle = true
-		c.lookAt = now.Add(idleAfter)
-		c.setTimer(now)
-	}
-}
-
-// restReader has readHost, which waits for host, end, and the flow rest. Only a deadline
-// calls it back. If there is something to read after all, the rest is short. It is called
-// without c.mu.
-func (c *tcpConn) restReader() { c.host.SetReadDeadline(time.Unix(1, 0)) }
-
-// rest is the end of a goroutine that restReader has called back: from here on the flow
+// rest is the end of a goroutine that onTimer has called back: from here on the flow
 // is one of many that the poller waits for. Where that is not possible, or where somebody
 // else may close host, which the poller would not hear of, a fresh goroutine waits for it.
 // It is called with c.mu held and returns without it.
@@ -429,8 +408,9 @@ func (c *tcpConn) rest() {
 		hostio.KeepAlive(c.host)
 	}
 	c.mu.Lock()
-	c.calledBack, c.silent, c.idle = false, false, false
-	resting := s.ownDial && !c.gone && s.poller.Await(c.stream, c.hostReadable)
+	c.calledBack = false
+	c.lull.end()
+	resting := s.ownDial && !c.gone && s.await(c.host, c.hostReadable)
 	c.mu.Unlock()
 	if !resting {
 		s.goroutines.Go(c.awaitHost)
@@ -483,22 +463,16 @@ func (c *tcpConn) waitWritable() bool {
 const lookInterval = 2 * time.Second
 
 // lookAtHost looks at what the reader of host waits for, when it is time. It reports
-// whether the caller is to call restReader. It is called with c.mu held.
+// whether the reader is to be called back. It is called with c.mu held.
 func (c *tcpConn) lookAtHost(now moment) (rest bool) {
 	switch {
 	case c.lookAt == 0 || now < c.lookAt:
+		return false
 	case c.readWaits:
 		c.lookForFailure(now)
-	case c.idle && !c.calledBack:
-		c.lookAt, c.calledBack = 0, true
-		return true
-	case c.silent && !c.calledBack:
-		c.idle = true
-		c.lookAt = now.Add(idleAfter)
-	default:
-		c.lookAt = 0
+		return false
 	}
-	return false
+	return c.lull.look(now)
 }
 
 // lookForFailure has a flow end whose host has failed while nothing is read from it, for
@@ -687,11 +661,10 @@ func (c *tcpConn) startReset() {
 }
 
 // resetHost resets the host connection, as the guest's side was. It has a
-// goroutine of its own: what Dial has returned may block. A flow that is gone does not
-// begin to rest, so nobody waits for host when it is closed.
+// goroutine of its own: what Dial has returned may block.
 func (c *tcpConn) resetHost() {
 	if c.stack.ownDial {
-		c.stack.poller.Forget(c.stream)
+		c.stack.forget(c.host)
 	}
 	if h, ok := c.host.(interface{ SetLinger(int) error }); ok {
 		h.SetLinger(0)

@@ -47,14 +47,11 @@ type tcpConn struct {
 	// The relay of a NAT flow.
 	host        net.Conn      // set once, with tcb
 	stream      hostio.Stream // that host is
+	lull                      // lookAt is when lookAtHost is to be called
 	heldUntil   moment        // when bytes that wait for more are written; 0: none do
-	lookAt      moment        // when lookAtHost is to be called; 0: it is not
 	pumping     bool          // a goroutine writes to host
 	readWaits   bool          // for room in the send buffer
-	silent      bool          // readHost waits for host to have something to read
-	idle        bool          // silent is true, ever since lookAt was set
 	rested      bool          // the reader of host has ended for a rest before
-	calledBack  bool          // restReader is called, and readHost does not know it yet
 	readDone    bool          // host has nothing more to say
 	ending      bool          // host has failed, and its last words wait for emitting to be false
 	writeDone   bool          // nothing more is written to host
@@ -275,7 +272,7 @@ func (c *tcpConn) onTimer() {
 	rest := c.lookAtHost(now)
 	c.flushTurn(now, maxTurn)
 	if rest {
-		c.restReader()
+		callBack(c.host)
 	}
 }
 

@@ -23,21 +23,25 @@ type Poller struct {
 func NewPoller(goroutines *sync.WaitGroup) *Poller { return &Poller{goroutines: goroutines} }
 
 // Await has ready called, once and not by Await itself, when there is something to read
-// from s, or it has ended or failed. Ready must not block: others wait for the same
+// from a socket, or it has ended or failed. Ready must not block: others wait for the same
 // goroutine. It may be called for nothing. Await reports false if that is not possible.
 //
-// Whoever closes s calls Forget before. If somebody else may close it, or call it back
+// Whoever closes the socket calls Forget before. If somebody else may close it, or call it back
 // from a read by a deadline, Await is of no use: it hears of neither.
-func (p *Poller) Await(s Stream, ready func()) (ok bool) {
-	if !s.OK() {
-		return false
-	}
-	err := s.raw.conn.Control(func(fd uintptr) {
+func (p *Poller) Await(socket syscall.Conn, ready func()) (ok bool) {
+	control(socket, func(fd uintptr) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		ok = p.add(int(fd), ready)
 	})
-	return ok && err == nil
+	return ok
+}
+
+// control calls f with the descriptor of a socket, unless that is closed.
+func control(socket syscall.Conn, f func(fd uintptr)) {
+	if raw, err := socket.SyscallConn(); err == nil {
+		raw.Control(f)
+	}
 }
 
 // add has the kernel tell of a descriptor once. The caller holds p.mu.
@@ -147,11 +151,8 @@ func (p *Poller) giveUp(raw syscall.RawConn) {
 
 // Forget is the end of Await, if that was called, unless ready has been called or is
 // about to be. It may wait for the goroutine of the Poller to be run.
-func (p *Poller) Forget(s Stream) {
-	if !s.OK() {
-		return
-	}
-	s.raw.conn.Control(func(fd uintptr) {
+func (p *Poller) Forget(socket syscall.Conn) {
+	control(socket, func(fd uintptr) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		delete(p.waiting, int32(fd))

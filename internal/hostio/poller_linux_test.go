@@ -24,28 +24,29 @@ func newPollerRig(t *testing.T) *pollerRig {
 }
 
 // connect returns a connection, and its other end.
-func (r *pollerRig) connect() (s Stream, conn, far net.Conn) {
+func (r *pollerRig) connect() (conn *net.TCPConn, far net.Conn) {
 	r.t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		r.t.Skip(err)
 	}
 	defer l.Close()
-	if conn, err = net.Dial("tcp", l.Addr().String()); err != nil {
+	c, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
 		r.t.Fatal(err)
 	}
 	if far, err = l.Accept(); err != nil {
 		r.t.Fatal(err)
 	}
-	r.t.Cleanup(func() { conn.Close(); far.Close() })
-	return NewStream(conn), conn, far
+	r.t.Cleanup(func() { c.Close(); far.Close() })
+	return c.(*net.TCPConn), far
 }
 
 // await returns what is sent to when there is something to read.
-func (r *pollerRig) await(s Stream) <-chan bool {
+func (r *pollerRig) await(c *net.TCPConn) <-chan bool {
 	r.t.Helper()
 	ready := make(chan bool, 1)
-	if !r.p.Await(s, func() { ready <- true }) {
+	if !r.p.Await(c, func() { ready <- true }) {
 		r.t.Fatal("Await is not possible")
 	}
 	return ready
@@ -87,26 +88,26 @@ func expectReady(t *testing.T, ready <-chan bool) {
 // for a reset, again and again, and has neither a goroutine nor a descriptor then.
 func TestPoller(t *testing.T) {
 	r := newPollerRig(t)
-	s, conn, far := r.connect()
+	conn, far := r.connect()
 	before := epolls(t) // of the runtime
 	b := make([]byte, 10)
 	for range 3 {
-		ready := r.await(s)
+		ready := r.await(conn)
 		r.expectEpolls(before + 1)
 		far.Write([]byte("x"))
 		expectReady(t, ready)
 		r.goroutines.Wait()
 		r.expectEpolls(before)
-		expectReady(t, r.await(s)) // it was not read
+		expectReady(t, r.await(conn)) // it was not read
 		conn.Read(b)
 	}
 	far.(*net.TCPConn).CloseWrite()
-	expectReady(t, r.await(s))
+	expectReady(t, r.await(conn))
 	if _, err := conn.Read(b); err != io.EOF {
 		t.Error(err)
 	}
-	s, _, far = r.connect()
-	ready := r.await(s)
+	conn, far = r.connect()
+	ready := r.await(conn)
 	far.(*net.TCPConn).SetLinger(0)
 	far.Close()
 	expectReady(t, ready)
@@ -120,10 +121,10 @@ func TestPollerMany(t *testing.T) {
 	const n = 200
 	var ready [n]<-chan bool
 	var far [n]net.Conn
-	var streams [n]Stream
+	var conns [n]*net.TCPConn
 	for i := range n {
-		streams[i], _, far[i] = r.connect()
-		ready[i] = r.await(streams[i])
+		conns[i], far[i] = r.connect()
+		ready[i] = r.await(conns[i])
 	}
 	for i := range n / 2 {
 		far[2*i].Write([]byte("x"))
@@ -137,7 +138,7 @@ func TestPollerMany(t *testing.T) {
 			t.Error("nothing was sent")
 		default:
 		}
-		r.p.Forget(streams[2*i+1])
+		r.p.Forget(conns[2*i+1])
 	}
 	r.goroutines.Wait()
 }
@@ -146,19 +147,19 @@ func TestPollerMany(t *testing.T) {
 // another one that gets its descriptor.
 func TestPollerForget(t *testing.T) {
 	r := newPollerRig(t)
-	kept, _, keptFar := r.connect()
+	kept, keptFar := r.connect()
 	still := r.await(kept) // so that the Poller goes on
-	s, conn, far := r.connect()
-	ready := r.await(s)
-	r.p.Forget(s)
+	conn, far := r.connect()
+	ready := r.await(conn)
+	r.p.Forget(conn)
 	conn.Close()
-	next, nextConn, nextFar := r.connect()
+	next, nextFar := r.connect()
 	again := r.await(next)
 	far.Write([]byte("x"))
 	nextFar.Write([]byte("y"))
 	expectReady(t, again)
 	r.p.Forget(next) // is over anyway
-	nextConn.Close()
+	next.Close()
 	if r.p.Await(next, func() { t.Error("it is closed") }) {
 		t.Error("Await of a connection that is closed")
 	}
@@ -179,15 +180,15 @@ func TestPollerRaces(t *testing.T) {
 	before := epolls(t)
 	var wg sync.WaitGroup
 	for range 4 {
-		s, _, far := r.connect()
+		conn, far := r.connect()
 		wg.Go(func() {
 			for range 300 {
 				ready := make(chan bool, 1)
-				if !r.p.Await(s, func() { ready <- true }) {
+				if !r.p.Await(conn, func() { ready <- true }) {
 					t.Error("Await is not possible")
 				}
 				go far.Write([]byte("x"))
-				r.p.Forget(s)
+				r.p.Forget(conn)
 			}
 		})
 	}

@@ -2,7 +2,10 @@
 
 package hostio
 
-import "sync"
+import (
+	"sync"
+	"syscall"
+)
 
 // Poller waits for any number of sockets with one goroutine, where that is possible.
 type Poller struct{}
@@ -11,7 +14,7 @@ type Poller struct{}
 func NewPoller(*sync.WaitGroup) *Poller { return nil }
 
 // Await reports that it is not possible here.
-func (p *Poller) Await(Stream, func()) (ok bool) { return false }
+func (p *Poller) Await(syscall.Conn, func()) (ok bool) { return false }
 
 // Forget does nothing.
-func (p *Poller) Forget(Stream) {}
+func (p *Poller) Forget(syscall.Conn) {}
