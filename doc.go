@@ -98,7 +98,9 @@
 // # The life of a UDP flow
 //
 // The first datagram opens a connected host socket, on a goroutine that goes on
-// as its reader; those that come meanwhile are queued, up to 16. After that a
+// as its reader; those that come meanwhile are queued, up to 16. As with TCP it ends
+// when the host is silent, on Linux and if Dial is not set; elsewhere it waits. The
+// socket then has a receive buffer of 1 MiB too, or what the system allows. A
 // socket of the operating system is written to on the packet path, as it takes
 // datagrams without waiting or not at all. Any other connection is written to by
 // a goroutine that exists while datagrams wait for it, up to 64. What finds no
@@ -116,7 +118,8 @@
 // and port, a mapping (udp.go). Allow is asked about each new destination on
 // a goroutine of its own, which keeps that destination's datagrams waiting and no
 // other's. The first one that may pass opens the host socket, by
-// [Config.ListenPacket], and its goroutine goes on as the reader. The socket is not
+// [Config.ListenPacket], and its goroutine goes on as the reader, which ends as above
+// if ListenPacket is not set. The socket is not
 // connected. What comes to it goes to the guest with its real source, if the guest
 // has sent to that address, on any port, within UDPIdleTimeout; else it is dropped.
 // Only datagrams of the guest to where it may send keep the mapping. An error of a

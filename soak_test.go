@@ -187,6 +187,23 @@ func (g *soakGuest) open(n int, to netip.AddrPort) {
 	}
 }
 
+// ask sends a datagram in each of n flows to an address, which answers.
+func (g *soakGuest) ask(n int, to netip.AddrPort) {
+	g.t.Helper()
+	answer := make(chan bool)
+	for i := range n {
+		packet := udpPacket(netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 3, 0}), uint16(1024+i)), to, []byte("?"))
+		if err := g.s.HandlePacket(0, testLink.guest, testLink.gw, packet, func([]byte) error { answer <- true; return nil }); err != nil {
+			g.t.Errorf("HandlePacket: %v", err)
+		}
+		select {
+		case <-answer:
+		case <-time.After(patience):
+			g.t.Fatalf("no answer after %d datagrams: %+v", i, g.s.Stats())
+		}
+	}
+}
+
 // TestSoakIdleVirtualFlows has 10,000 connections to a listener do nothing, and then
 // ends them at once.
 func TestSoakIdleVirtualFlows(t *testing.T) {
@@ -232,19 +249,18 @@ func closeSoaked(t *testing.T, s *Stack, n int) {
 	}
 }
 
-// TestSoakIdleNATFlows has 9,000 connections through the NAT do nothing, and then
-// ends them at once. With Dial set they may be somebody else's, so each has a goroutine.
+// TestSoakIdleNATFlows has 9,000 flows through the NAT do nothing, and then ends them at
+// once. With Dial set they may be somebody else's, so each has a goroutine.
 func TestSoakIdleNATFlows(t *testing.T) {
-	t.Run("poller", func(t *testing.T) {
-		limits := usage{heap: 3 << 10, stack: 2 << 10, resident: 4 << 10, goroutines: 0}
-		if runtime.GOOS != "linux" {
-			limits = idleGoroutine
-		}
-		soakIdleNATFlows(t, Config{TCPIdleTimeout: -1}, limits)
-	})
-	t.Run("goroutine", func(t *testing.T) {
-		soakIdleNATFlows(t, Config{TCPIdleTimeout: -1, Dial: new(net.Dialer).DialContext}, idleGoroutine)
-	})
+	resting := usage{heap: 3 << 10, stack: 2 << 10, resident: 4 << 10, goroutines: 0}
+	if runtime.GOOS != "linux" {
+		resting = idleGoroutine
+	}
+	cfg := Config{TCPIdleTimeout: -1, UDPIdleTimeout: -1, MaxUDPFlows: -1}
+	t.Run("poller", func(t *testing.T) { soakIdleNATFlows(t, cfg, resting, false) })
+	t.Run("UDP", func(t *testing.T) { soakIdleNATFlows(t, cfg, resting, true) })
+	cfg.Dial = new(net.Dialer).DialContext
+	t.Run("goroutine", func(t *testing.T) { soakIdleNATFlows(t, cfg, idleGoroutine, false) })
 }
 
 // idleGoroutine is what an idle flow with a goroutine may take. Its stack takes 2 KiB and its
@@ -252,12 +268,12 @@ func TestSoakIdleNATFlows(t *testing.T) {
 var idleGoroutine = usage{heap: 4 << 10, stack: 3500, resident: 6 << 10, goroutines: 1}
 
 // soakIdleNATFlows checks that idle flows do not take more than so much each.
-func soakIdleNATFlows(t *testing.T, cfg Config, limits usage) {
+func soakIdleNATFlows(t *testing.T, cfg Config, limits usage, udp bool) {
 	n := soak(200, 9000)
 	if err := raiseOpenFiles(uint64(n) + 200); err != nil {
 		t.Skip(err)
 	}
-	tcp, _ := startSoakPeer(t)
+	tcpPeer, udpPeer := startSoakPeer(t)
 	s, err := NewWithConfig(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -265,10 +281,14 @@ func soakIdleNATFlows(t *testing.T, cfg Config, limits usage) {
 	defer s.Close()
 	g := newSoakGuest(t, s)
 	before := takeUsage()
-	g.open(n, netip.MustParseAddrPort(tcp))
+	if udp {
+		g.ask(n, netip.MustParseAddrPort(udpPeer))
+	} else {
+		g.open(n, netip.MustParseAddrPort(tcpPeer))
+	}
 	after := untilSmall(before, n, limits)
 	t.Log("NAT, ", after.sub(before, n))
-	if st := s.Stats(); st.TCPFlows != n {
+	if st := s.Stats(); st.TCPFlows+st.UDPFlows != n {
 		t.Errorf("%+v", st)
 	}
 	if after.exceeds(before, n, limits) && !raceEnabled() {

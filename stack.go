@@ -378,6 +378,7 @@ func (cfg *Config) validate() error {
 type Stack struct {
 	cfg        Config
 	ownDial    bool            // Config.Dial is not set: nobody else has the connections
+	ownListen  bool            // Config.ListenPacket is not set: nor the sockets
 	ctx        context.Context // ends with Close
 	cancel     context.CancelFunc
 	isnSecret  [32]byte
@@ -389,7 +390,7 @@ type Stack struct {
 	logLimits  [numFlowNews]tokenBucket
 	slabs      sync.Pool               // of *slab
 	goroutines sync.WaitGroup          // that Close waits for
-	poller     *hostio.Poller          // for the hosts of TCP flows that rest
+	poller     *hostio.Poller          // for the hosts of flows that rest
 	closed     atomic.Bool             // set under mu
 	numPaths   atomic.Int32            // len(paths)
 	latest     atomic.Pointer[tcpConn] // one of flows, or nil: it had the latest segment. Set with mu held
@@ -423,7 +424,7 @@ func New() *Stack {
 // NewWithConfig returns a Stack with the settings of cfg, or an error that names
 // the field that is wrong.
 func NewWithConfig(cfg Config) (*Stack, error) {
-	ownDial := cfg.Dial == nil
+	ownDial, ownListen := cfg.Dial == nil, cfg.ListenPacket == nil
 	cfg, err := cfg.withDefaults()
 	if err != nil {
 		return nil, err
@@ -431,6 +432,7 @@ func NewWithConfig(cfg Config) (*Stack, error) {
 	s := &Stack{
 		cfg:       cfg,
 		ownDial:   ownDial,
+		ownListen: ownListen,
 		began:     time.Now(),
 		isnEpoch:  moment(clockLead),
 		flows:     make(map[flowKey]flow),

@@ -6,9 +6,9 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
-	"io"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -227,9 +227,9 @@ func (s *Stack) keepLocked(f *udpFlow) {
 }
 
 // udpFlow is one UDP flow: between a guest and a host socket, which one goroutine
-// reads and which is written to on the packet path if that can be done without
-// waiting; or between a guest and a connection of DialContext; or all that a
-// guest sends from one port, if that has a mapping.
+// reads unless the flow rests, and which is written to on the packet path if that can
+// be done without waiting; or between a guest and a connection of DialContext; or all
+// that a guest sends from one port, if that has a mapping.
 type udpFlow struct {
 	stack   *Stack
 	key     flowKey
@@ -259,7 +259,9 @@ type udpFlow struct {
 	pumping  bool               // a goroutine writes the queue to the host
 	active   moment             // when a datagram last passed, either way; with a mapping, to the host
 	answered bool               // a datagram of the host has passed
-	timer    *time.Timer        // for the idle timeout; nil if there is none
+	rests    bool               // while the host is silent no goroutine waits for it
+	lull                        // with rests
+	timer    *time.Timer        // for the idle timeout, and lookAt; nil if there is neither
 	failures int                // errors of host since the last datagram, either way
 	alone    atomic.Bool        // the host's system does not take several datagrams at once
 	quote    [maxQuote]byte     // the front of the guest's latest packet, or of what owed is about
@@ -565,6 +567,7 @@ func (f *udpFlow) run() {
 	gone := f.gone
 	if !gone && err == nil {
 		f.host, f.sender = host, hostio.NewSender(host)
+		f.own(s.ownDial)
 		f.active = f.stack.now()
 		f.schedule(f.active)
 		f.startPump()
@@ -573,9 +576,7 @@ func (f *udpFlow) run() {
 	switch {
 	case err == nil && !gone:
 		s.log(flowOpened, &f.key)
-		f.readHost(func(lend func() []byte, giveUp func()) *hostio.Reader {
-			return hostio.NewReader(host, lend, giveUp)
-		})
+		f.readHost()
 	case err == nil:
 		host.Close()
 	case !gone:
@@ -682,11 +683,45 @@ func (b *datagramBuffer) end() int {
 	return udpHeaderLen
 }
 
-// readHost moves datagrams from the host to the guest until the flow ends. A
+// own prepares the socket of a flow if nobody else has it. The caller holds f.mu.
+func (f *udpFlow) own(nobodyElse bool) {
+	c, ok := f.socket().(*net.UDPConn)
+	if !ok || !nobodyElse {
+		return
+	}
+	c.SetReadBuffer(hostBurst) // or as much as there may be
+	f.rests = f.stack.poller != nil
+}
+
+// hostBurst is how many bytes of the host are to wait in a socket while the guest's frames
+// are written. The sum that systems have as their default, some 200 KiB with the memory
+// around each datagram, is 100 µs of a fast host.
+const hostBurst = 1 << 20
+
+// socket returns the host's side of a flow that has one.
+func (f *udpFlow) socket() interface {
+	SetReadDeadline(time.Time) error
+	Close() error
+} {
+	if f.mapping != nil {
+		return f.mapping.conn
+	}
+	return f.host
+}
+
+// newReader returns what reads from the host.
+func (f *udpFlow) newReader(lend func() []byte, giveUp func()) *hostio.Reader {
+	if f.mapping != nil {
+		return hostio.NewPacketReader(f.mapping.conn, lend, giveUp)
+	}
+	return hostio.NewReader(f.host, lend, giveUp)
+}
+
+// readHost moves datagrams from the host to the guest until the flow ends, or rests. A
 // buffer is taken when there is something to read. (From a connection that is not
 // a socket of the operating system, or where that cannot be waited for without
 // memory, each flow holds one while it waits.)
-func (f *udpFlow) readHost(newReader func(lend func() []byte, giveUp func()) *hostio.Reader) {
+func (f *udpFlow) readHost() {
 	var b *datagramBuffer
 	var waited bool
 	pool := &datagramBuffers
@@ -696,14 +731,16 @@ func (f *udpFlow) readHost(newReader func(lend func() []byte, giveUp func()) *ho
 			b = nil
 		}
 	}
-	r := newReader(
+	r := f.newReader(
 		func() []byte {
+			f.hostSpeaks()
 			b = pool.Get().(*datagramBuffer)
 			return b.room()
 		},
 		func() {
 			waited = true
 			giveUp()
+			f.hostSilent()
 		})
 	if r.Bursts() {
 		pool = &burstBuffers
@@ -720,9 +757,60 @@ func (f *udpFlow) readHost(newReader func(lend func() []byte, giveUp func()) *ho
 			several = !waited || len(b.list) > 1
 			alive = f.reply(b)
 		}
-		if err != nil && alive {
+		switch {
+		case err == nil || !alive:
+		case f.isCalledBack(err):
+			alive = !f.rest()
+		default:
 			alive = f.readFailed(err)
 		}
+	}
+}
+
+// hostSpeaks notes that there may be something to read.
+func (f *udpFlow) hostSpeaks() {
+	f.mu.Lock()
+	f.lull.end()
+	f.mu.Unlock()
+}
+
+// hostSilent notes that there is nothing to read.
+func (f *udpFlow) hostSilent() {
+	f.mu.Lock()
+	if f.rests && f.lull.begin(f.stack) {
+		f.schedule(f.stack.now())
+	}
+	f.mu.Unlock()
+}
+
+// isCalledBack reports whether an error of a read is what callBack has it return.
+func (f *udpFlow) isCalledBack(err error) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.calledBack && errors.Is(err, os.ErrDeadlineExceeded)
+}
+
+// rest is the end of a goroutine that was called back: from here on the flow is one of
+// many that the poller waits for. It reports false if the goroutine is to go on.
+func (f *udpFlow) rest() bool {
+	f.socket().SetReadDeadline(time.Time{})
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.calledBack = false
+	f.lull.end()
+	if f.gone {
+		return false // to find that its socket is closed
+	}
+	f.rests = f.stack.await(f.socket(), f.hostReadable)
+	return f.rests
+}
+
+// hostReadable is the end of a rest.
+func (f *udpFlow) hostReadable() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.gone {
+		f.stack.goroutines.Go(f.readHost)
 	}
 }
 
@@ -1002,14 +1090,17 @@ func (f *udpFlow) idleTimeout() time.Duration {
 	return t
 }
 
-// schedule sets the timer for when the flow has been idle for too long. The caller
-// holds f.mu.
+// schedule sets the timer for when the flow has been idle for too long, or its reader is
+// to be looked at. The caller holds f.mu.
 func (f *udpFlow) schedule(now moment) {
-	t := f.idleTimeout()
-	if f.gone || t < 0 {
+	at := f.lookAt
+	if t := f.idleTimeout(); t >= 0 && (at == 0 || f.active.Add(t) < at) {
+		at = f.active.Add(t)
+	}
+	if f.gone || at == 0 {
 		return
 	}
-	wait := t - now.Sub(f.active)
+	wait := at.Sub(now)
 	if f.timer == nil {
 		f.timer = time.AfterFunc(wait, f.onTimer)
 	} else {
@@ -1017,17 +1108,21 @@ func (f *udpFlow) schedule(now moment) {
 	}
 }
 
-// onTimer ends a flow that has been idle for too long. Datagrams leave the timer
+// onTimer ends a flow that has been idle for too long, or has it rest. Datagrams leave the timer
 // alone: it fires in vain then, and is set again.
 func (f *udpFlow) onTimer() {
 	f.mu.Lock()
 	now := f.stack.now()
-	if t := f.idleTimeout(); !f.gone && (t < 0 || now.Sub(f.active) < t) {
-		f.schedule(now)
-		f.mu.Unlock()
+	if t := f.idleTimeout(); f.gone || t >= 0 && now.Sub(f.active) >= t {
+		f.finish()
 		return
 	}
-	f.finish()
+	rest := f.lookAt != 0 && now >= f.lookAt && f.look(now)
+	f.schedule(now)
+	f.mu.Unlock()
+	if rest {
+		callBack(f.socket())
+	}
 }
 
 // finish ends the flow and has the table forget it. It is called with f.mu held
@@ -1062,20 +1157,19 @@ func (f *udpFlow) leave() (free func()) {
 		f.conn.readable.Broadcast()
 	}
 	f.writable.Broadcast()
-	cancel := f.cancel
-	var host io.Closer
-	switch {
-	case f.mapping != nil:
-		cancel, host = f.mapping.leave(), f.mapping.conn
-	case f.host != nil:
-		host = f.host
+	cancel, connected, rests := f.cancel, f.connected(), f.rests
+	if f.mapping != nil {
+		cancel = f.mapping.leave()
 	}
 	return func() {
 		if cancel != nil {
 			cancel()
 		}
-		if host != nil {
-			host.Close()
+		if rests {
+			f.stack.forget(f.socket())
+		}
+		if connected {
+			f.socket().Close()
 			f.stack.log(flowClosed, &f.key)
 		}
 	}
@@ -1314,16 +1408,14 @@ func (m *udpMapping) begin(to *destination) {
 func (m *udpMapping) run(to *destination) {
 	f := m.flow
 	defer f.stack.goroutines.Done()
-	if conn := m.connect(to); conn != nil {
-		f.readHost(func(lend func() []byte, giveUp func()) *hostio.Reader {
-			return hostio.NewPacketReader(conn, lend, giveUp)
-		})
+	if m.connect(to) {
+		f.readHost()
 	}
 }
 
 // connect asks Allow about a destination, if that is to be asked, and opens the host
-// socket, if that is to be opened. It returns the socket that it has opened.
-func (m *udpMapping) connect(to *destination) net.PacketConn {
+// socket, if that is to be opened. It reports whether it has opened it.
+func (m *udpMapping) connect(to *destination) bool {
 	f, s := m.flow, m.flow.stack
 	defer s.endDial(f.key.ns)
 	key := m.keyTo(to.at)
@@ -1335,7 +1427,7 @@ func (m *udpMapping) connect(to *destination) net.PacketConn {
 	if to.place == nil {
 		if m.destinations[to.at] != to {
 			f.mu.Unlock()
-			return nil
+			return false
 		}
 		to.cancel = cancel
 		f.mu.Unlock()
@@ -1344,10 +1436,10 @@ func (m *udpMapping) connect(to *destination) net.PacketConn {
 		switch {
 		case m.destinations[to.at] != to:
 			f.mu.Unlock()
-			return nil
+			return false
 		case err != nil:
 			m.refuse(err, to)
-			return nil
+			return false
 		}
 		m.admit(m.flow.stack.now(), to)
 		if m.conn != nil {
@@ -1356,7 +1448,7 @@ func (m *udpMapping) connect(to *destination) net.PacketConn {
 		if !m.opens() {
 			f.mu.Unlock()
 			s.log(flowOpened, &key)
-			return nil
+			return false
 		}
 	}
 	f.cancel = cancel
@@ -1373,16 +1465,17 @@ func (m *udpMapping) connect(to *destination) net.PacketConn {
 		if err == nil {
 			conn.Close()
 		}
-		return nil
+		return false
 	case err != nil:
 		m.refuseWaiting(err)
-		return nil
+		return false
 	}
 	s.count(flowsDialed)
 	m.opening, m.conn, f.cancel = false, conn, nil
 	if c, ok := conn.(*net.UDPConn); ok {
 		f.sender = hostio.NewSender(c)
 	}
+	f.own(s.ownListen)
 	f.active = f.stack.now()
 	f.schedule(f.active)
 	for e := m.recent.Front(); e != nil; e = e.Next() {
@@ -1390,7 +1483,7 @@ func (m *udpMapping) connect(to *destination) net.PacketConn {
 	}
 	f.mu.Unlock()
 	s.log(flowOpened, &key)
-	return conn
+	return true
 }
 
 // release has what waits for a destination written to the host. The caller holds

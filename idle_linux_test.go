@@ -1,0 +1,205 @@
+package slirp
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// idleUDPRig is a guest whose datagrams go to real sockets.
+type idleUDPRig struct {
+	*udpGuest
+	server *net.UDPConn
+	peer   netip.AddrPort // the flow's socket
+}
+
+// eachUDPRest runs a test with flows and with mappings that rest.
+func eachUDPRest(t *testing.T, cfg Config, test func(t *testing.T, r *idleUDPRig)) {
+	for name, mapping := range map[string]UDPMapping{"flow": UDPMappingPerFlow, "mapping": UDPMappingEndpoint} {
+		t.Run(name, func(t *testing.T) {
+			eachFamily(t, func(t *testing.T, fam family) {
+				cfg.UDPMapping = mapping
+				s, err := NewWithConfig(cfg)
+				if err != nil {
+					t.Fatal(err)
+				}
+				server, to := udpServer(t, fam, 0)
+				test(t, &idleUDPRig{udpGuest: newUDPGuest(newMachine(t, s), fam.guest, to), server: server})
+			})
+		})
+	}
+}
+
+// hear takes a datagram of the guest.
+func (r *idleUDPRig) hear(want string) {
+	r.t.Helper()
+	buf := make([]byte, 1<<16)
+	n, peer, err := r.server.ReadFromUDPAddrPort(buf)
+	if err != nil || string(buf[:n]) != want {
+		r.t.Fatalf("the host got %q, %v, want %q", buf[:n], err, want)
+	}
+	r.peer = peer
+}
+
+// answer sends a datagram to the guest.
+func (r *idleUDPRig) answer(text string) {
+	r.t.Helper()
+	if _, err := r.server.WriteToUDPAddrPort([]byte(text), r.peer); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// flow returns the only flow.
+func (r *idleUDPRig) flow() *udpFlow {
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	for _, f := range r.s.flows {
+		return f.(*udpFlow)
+	}
+	r.t.Fatal("no flow")
+	return nil
+}
+
+// until waits for something that no packet tells of.
+func (r *idleUDPRig) until(what string, done func() bool) {
+	r.t.Helper()
+	for end := time.Now().Add(patience); !done(); time.Sleep(idleAfter / 10) {
+		if time.Now().After(end) {
+			r.t.Fatalf("not so: %s; %.5000s", what, otherGoroutines())
+		}
+	}
+}
+
+// rest waits until no goroutine reads from the flow's host.
+func (r *idleUDPRig) rest() {
+	r.t.Helper()
+	f := r.flow()
+	r.until("the flow rests", func() bool {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return f.lookAt == 0 && !f.silent && !f.calledBack && !strings.Contains(otherGoroutines(), "(*udpFlow).")
+	})
+}
+
+// TestIdleUDP has everything happen to flows that rest.
+func TestIdleUDP(t *testing.T) {
+	eachUDPRest(t, Config{}, func(t *testing.T, r *idleUDPRig) {
+		r.say("hello")
+		r.hear("hello")
+		for range 2 {
+			r.rest()
+			r.answer("down")
+			r.expect("down")
+			r.rest()
+			r.say("up")
+			r.hear("up")
+			r.answer("at once")
+			r.expect("at once")
+		}
+		r.rest()
+		if r.flow().mapping == nil {
+			r.server.Close()
+			r.say("anyone?")
+			r.expectUnreachable(unreachablePort, udpPacket(r.from, r.to, []byte("anyone?")))
+			r.rest()
+		}
+		r.expectStats(map[string]int{"flows": 1, "dialed": 1})
+		r.s.Close() // and no goroutine is left: TestMain looks
+	})
+}
+
+// A flow that rests ends when it has been idle for long enough, with its socket.
+func TestIdleUDPExpiry(t *testing.T) {
+	eachUDPRest(t, Config{UDPIdleTimeout: 8 * idleAfter}, func(t *testing.T, r *idleUDPRig) {
+		r.say("hello")
+		r.hear("hello")
+		f := r.flow()
+		r.until("the flow has ended", func() bool { return r.s.Stats().UDPFlows == 0 })
+		r.until("its socket is closed", func() bool {
+			_, err := f.socket().(*net.UDPConn).Write(nil)
+			return err != nil && strings.Contains(err.Error(), net.ErrClosed.Error())
+		})
+		if running := otherGoroutines(); strings.Contains(running, "(*udpFlow).") {
+			t.Errorf("a goroutine is left: %.5000s", running)
+		}
+	})
+}
+
+// TestRestingUDP has goroutines end all the time while datagrams come: none is lost.
+func TestRestingUDP(t *testing.T) {
+	eachUDPRest(t, Config{}, func(t *testing.T, r *idleUDPRig) {
+		r.say("hello")
+		r.hear("hello")
+		f := r.flow()
+		turns, done := 0, make(chan bool)
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			for {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				f.mu.Lock()
+				if f.silent && !f.calledBack {
+					f.idle, f.lookAt = true, f.stack.now()
+					turns++
+				}
+				f.mu.Unlock()
+				f.onTimer()
+				time.Sleep(10 * time.Microsecond)
+			}
+		})
+		for i := range soak(500, 20_000) {
+			r.answer(strconv.Itoa(i))
+			r.expect(strconv.Itoa(i))
+			time.Sleep(time.Duration(rand.IntN(300)) * time.Microsecond)
+		}
+		close(done)
+		wg.Wait()
+		if turns == 0 {
+			t.Error("no goroutine has ended")
+		}
+	})
+}
+
+// TestUDPHostBurst has a host send more than a socket takes by itself while the guest's
+// frames are written.
+func TestUDPHostBurst(t *testing.T) {
+	limit, err := os.ReadFile("/proc/sys/net/core/rmem_max")
+	if n, _ := strconv.Atoi(strings.TrimSpace(string(limit))); err != nil || n < 200<<10 {
+		t.Skipf("no socket may have a buffer: %d bytes, %v", n, err)
+	}
+	eachUDPRest(t, Config{}, func(t *testing.T, r *idleUDPRig) {
+		r.say("hello")
+		r.hear("hello")
+		writing, release := make(chan bool, 1), make(chan bool)
+		r.setHook(func(frame []byte) error {
+			select {
+			case writing <- true:
+				<-release
+			default:
+			}
+			return r.keep(frame)
+		})
+		r.answer("first")
+		<-writing
+		text := func(i int) string { return fmt.Sprintf("%4d%s", i, pattern(1396)) }
+		const n = 150
+		for i := range n {
+			r.answer(text(i))
+		}
+		close(release)
+		r.expect("first")
+		for i := range n {
+			r.expect(text(i))
+		}
+	})
+}
