@@ -190,7 +190,7 @@ func (d *device) each(f func(frames [][]byte)) error {
 			empty, err := d.read()
 			if len(d.frames) > 0 {
 				f(d.frames)
-				yield()
+				yield() // to who gets what was in them
 				last = time.Now()
 			}
 			switch {
