@@ -2,6 +2,7 @@ package slirp
 
 import (
 	"encoding/binary"
+	"net"
 	"net/netip"
 	"slices"
 	"sync/atomic"
@@ -115,6 +116,46 @@ func TestT148_TransferOverSmallerPath(t *testing.T) {
 		}
 		if st := m.s.Stats(); st.PathMTUs != 1 || told.Load() == 0 || told.Load() > 11 {
 			t.Errorf("%d messages, %+v", told.Load(), st)
+		}
+		m.s.Close()
+	})
+}
+
+// What one connection has learned holds for those that follow, which do not try again
+// for 10 minutes. What the guest may send is another matter: the way to the stack may be
+// another.
+func TestT148_PathOfNextConnection(t *testing.T) {
+	inBubble(t, func(t *testing.T, fam family) {
+		m, h := newRig(t, Config{})
+		l := mustListen(t, m.s, "tcp", fam.at(8080).String())
+		first := m.open(1025, fam.at(80))
+		first.connect()
+		h.accept().Write(pattern(20000))
+		m.mustSend(tooBig(fam, fam.other, 1300, first.segments()[0]))
+		if n := longest(first.segments()); n != 1300 {
+			t.Fatalf("packets of %d bytes", n)
+		}
+
+		// next returns how long the packets are of a connection that begins now.
+		next := func(port uint16, to netip.AddrPort, accept func() net.Conn) int {
+			g := m.open(port, to)
+			g.syn()
+			seg := g.expect("S.")
+			if mss, ok := seg.option(2); !ok || int(binary.BigEndian.Uint16(mss)) != transportMSS(uint16(fam.version), 1500) {
+				t.Errorf("the guest may send segments of %x", mss)
+			}
+			g.ack()
+			accept().Write(pattern(5000))
+			return longest(g.segments())
+		}
+		host := func() net.Conn { return h.accept() }
+		virtual := func() net.Conn { return mustAccept(t, l) }
+		if a, b := next(1026, fam.at(80), host), next(1027, fam.at(8080), virtual); a != 1300 || b != 1300 {
+			t.Errorf("packets of %d and %d bytes, want 1300", a, b)
+		}
+		time.Sleep(pathLife)
+		if a, b := next(1028, fam.at(80), host), next(1029, fam.at(8080), virtual); a != 1500 || b != 1500 {
+			t.Errorf("10 minutes later packets of %d and %d bytes, want 1500", a, b)
 		}
 		m.s.Close()
 	})

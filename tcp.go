@@ -105,6 +105,7 @@ func (s *Stack) tcbConfig(key *flowKey, now moment, old *tcpConn) tcp.Config {
 	cfg := tcp.Config{
 		LocalPort: key.hostPort, RemotePort: key.guestPort,
 		MSS: transportMSS(key.version, s.cfg.MTU), DefaultMSS: defaultMSS(key.version),
+		PathMSS:    transportMSS(key.version, s.mtuTo(key.guestKey())),
 		SendBuffer: s.cfg.SendBuffer, ReceiveBuffer: s.cfg.ReceiveBuffer,
 		ISS: iss, TSOffset: binary.BigEndian.Uint32(h[4:]) + uint32(now.Sub(s.isnEpoch)/time.Millisecond),
 	}

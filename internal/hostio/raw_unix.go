@@ -11,23 +11,6 @@ import (
 	"syscall"
 )
 
-var errnos = []struct {
-	errno syscall.Errno
-	kind  Kind
-}{
-	{syscall.ECONNREFUSED, Refused},
-	{syscall.EHOSTUNREACH, HostUnreachable},
-	{syscall.EHOSTDOWN, HostUnreachable},
-	{syscall.ENETUNREACH, NetUnreachable},
-	{syscall.ENETDOWN, NetUnreachable},
-	{syscall.EADDRNOTAVAIL, NetUnreachable},
-	{syscall.EACCES, Prohibited},
-	{syscall.EPERM, Prohibited},
-	{syscall.EMSGSIZE, TooLong},
-	{syscall.EAGAIN, Full},
-	{syscall.ENOBUFS, Full},
-}
-
 // rawReader reads a socket without blocking, and waits for it without memory.
 type rawReader struct {
 	conn     syscall.RawConn

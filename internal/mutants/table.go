@@ -152,6 +152,7 @@ var mutants = []mutant{
 	{"relay/host of a flow that rests not probed", "tcp.go", "s.ownDial && !c.rested", "s.ownDial && c.rested", stack},
 	{"relay/dial is to wait for the poller", "internal/hostio/dial_linux.go", "!strings.HasPrefix(network, \"tcp\")", "strings.HasPrefix(network, \"tcp\")", "./internal/hostio"},
 	{"relay/refusal of the early connect lost", "internal/hostio/dial_linux.go", "failed != syscall.EINPROGRESS {", "failed == syscall.EINPROGRESS {", "./internal/hostio"},
+	{"tcp/path not known to the next connection", "tcp.go", "s.mtuTo(key.guestKey())", "s.cfg.MTU", stack},
 	{"relay/UDP flow never rests", "udp.go", "f.rests = f.stack.poller != nil", "f.rests = false", stack},
 	{"relay/UDP flow is told of its rest as of an error", "udp.go", "return f.calledBack && errors.Is", "return false && errors.Is", stack},
 	{"relay/poller not told that a socket is closed", "udp.go", "\t\t\tf.stack.forget(f.socket())\n", "", stack},

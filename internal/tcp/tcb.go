@@ -54,10 +54,11 @@ const maxScale = 14 // RFC 7323 section 2.3
 // its data to crumbs.
 const mssFloor = 48
 
-// Config describes one connection. All of it is needed but Offload and KeepAlive.
+// Config describes one connection. All of it is needed but PathMSS, Offload and KeepAlive.
 type Config struct {
 	LocalPort, RemotePort uint16
 	MSS                   int    // the largest segment the link carries: its MTU less IP and TCP headers
+	PathMSS               int    // what is known to be the largest that gets to the peer; 0: MSS
 	DefaultMSS            int    // what a peer takes that does not say (RFC 9293 section 3.7.1)
 	Offload               int    // payload of the longest segment that the link cuts to size; 0: it cuts none
 	SendBuffer            int    // bytes
@@ -155,13 +156,22 @@ func newTCB(cfg Config, now Time) *TCB {
 	t.snd.seq = seqSpace(cfg.ISS)
 	t.sendBuf = sendBuf{base: firstByte, end: firstByte, max: int64(cfg.SendBuffer)}
 	t.recvBuf = recvBuf{base: firstByte, nxt: firstByte, max: int64(cfg.ReceiveBuffer)}
-	t.snd.mss = int64(min(cfg.MSS, cfg.DefaultMSS))
+	t.snd.mss = cfg.sendMSS(cfg.DefaultMSS)
 	t.rcv.nxt, t.rcv.acked, t.rcv.adv = 1, 1, 1 // the peer's SYN has offset 0
 	t.rcv.scale = scaleFor(cfg.ReceiveBuffer)
 	t.recvBuf.ring.least = max(2<<minRingBits, int64(4)<<t.rcv.scale) // a window to speak of, rounded up
 	t.rtt.rto = initialRTO
 	t.synDue = true
 	return t
+}
+
+// sendMSS returns the size of the segments for a peer that takes those of n bytes.
+func (cfg *Config) sendMSS(n int) int64 {
+	n = min(max(n, mssFloor), cfg.MSS)
+	if cfg.PathMSS > 0 {
+		n = min(n, cfg.PathMSS)
+	}
+	return int64(n)
 }
 
 // clock returns now, or the latest time that was told before. Several goroutines drive
@@ -204,7 +214,7 @@ func NewPassive(cfg Config, now Time, syn *Segment) *TCB {
 func (t *TCB) takeSYN(now Time, syn *Segment) {
 	t.rcv.seq = seqSpace(syn.Seq)
 	if syn.MSS != 0 {
-		t.snd.mss = min(max(int64(syn.MSS), mssFloor), int64(t.cfg.MSS))
+		t.snd.mss = t.cfg.sendMSS(int(syn.MSS))
 	}
 	if syn.HasScale {
 		t.snd.scale = syn.Scale
