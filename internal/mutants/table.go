@@ -88,7 +88,8 @@ var mutants = []mutant{
 	{"tcp/few ACKs after a pause", "internal/tcp/timer.go", "t.ackDue, t.rcv.smooth = true, t.rcv.nxt", "t.ackDue = true", rules},
 	{"tcp/no duplicate ACK", "internal/tcp/input.go", "if n == 0 || !inOrder || off < t.rcv.nxt-n {", "if !inOrder || off < t.rcv.nxt-n {", rules},
 	{"tcp/half-close by Close with unread bytes", "internal/tcp/tcb.go", "if t.Buffered() > 0 && t.state != TimeWait {\n\t\tt.Abort()\n\t\treturn\n\t}", "", rules},
-	{"tcp/peer's MSS above ours", "internal/tcp/tcb.go", "min(max(int64(syn.MSS), mssFloor), int64(t.cfg.MSS))", "max(int64(syn.MSS), mssFloor)", rules},
+	{"tcp/peer's MSS above ours", "internal/tcp/tcb.go", "min(max(n, mssFloor), cfg.MSS)", "max(n, mssFloor)", rules},
+	{"tcp/peer's MSS of crumbs", "internal/tcp/tcb.go", "min(max(n, mssFloor), cfg.MSS)", "min(n, cfg.MSS)", rules},
 	{"tcp/timestamps not asked for", "internal/tcp/tcb.go", "t.timestamps = t.timestamps && syn.HasTimestamps", "t.timestamps = true", rules},
 	{"tcp/SACK not asked for", "internal/tcp/tcb.go", "t.loss.sack = t.loss.sack && syn.SACKPermitted", "t.loss.sack = true", rules},
 
