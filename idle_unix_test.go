@@ -93,11 +93,7 @@ func (r *idleRig) rests(c *tcpConn) bool {
 // rest waits until the flow rests.
 func (r *idleRig) rest(c *tcpConn) {
 	r.t.Helper()
-	for end := time.Now().Add(patience); !r.rests(c); time.Sleep(idleAfter / 10) {
-		if time.Now().After(end) {
-			r.t.Fatalf("the flow does not rest: %.5000s", otherGoroutines())
-		}
-	}
+	r.until(func() bool { return r.rests(c) })
 }
 
 // TestIdleReader has everything happen to flows that rest.
@@ -140,24 +136,58 @@ func TestIdleReader(t *testing.T) {
 	})
 }
 
-// TestRestKeepsAlive has the host of a flow that rests asked whether it is still there:
-// the guest, whose own keep-alives are answered here, would never hear that it is not.
-func TestRestKeepsAlive(t *testing.T) {
-	eachRest(t, func(t *testing.T, r *idleRig) {
-		c, _, _ := r.connect()
-		r.rest(c)
-		raw, err := c.host.(*net.TCPConn).SyscallConn()
-		if err != nil {
-			t.Fatal(err)
-		}
-		on := 0
-		raw.Control(func(fd uintptr) {
-			on, err = syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_KEEPALIVE)
+// TestProbedHost has the host of a flow that is not short asked whether it is still there,
+// whatever the flow is at: the guest, whose own keep-alives are answered here, would never
+// hear that it is not.
+func TestProbedHost(t *testing.T) {
+	for name, begin := range map[string]func(r *idleRig, c *tcpConn, g *guest, far *net.TCPConn){
+		"silent": func(r *idleRig, c *tcpConn, g *guest, far *net.TCPConn) {},
+		"half-closed": func(r *idleRig, c *tcpConn, g *guest, far *net.TCPConn) {
+			far.CloseWrite()
+			g.expectFIN()
+		},
+		"full": func(r *idleRig, c *tcpConn, g *guest, far *net.TCPConn) {
+			go far.Write(make([]byte, 32<<20)) // of which the guest acknowledges nothing
+			r.until(func() bool {
+				c.mu.Lock()
+				defer c.mu.Unlock()
+				if !c.readWaits {
+					return false
+				}
+				c.lookAt = c.stack.now()
+				c.setTimer(c.lookAt)
+				return true
+			})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			eachRest(t, func(t *testing.T, r *idleRig) {
+				c, g, far := r.connect()
+				begin(r, c, g, far)
+				raw, err := c.host.(*net.TCPConn).SyscallConn()
+				if err != nil {
+					t.Fatal(err)
+				}
+				r.until(func() bool {
+					on := 0
+					raw.Control(func(fd uintptr) {
+						on, err = syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_KEEPALIVE)
+					})
+					return on != 0 && err == nil
+				})
+			})
 		})
-		if on == 0 || err != nil {
-			t.Errorf("SO_KEEPALIVE %d, %v", on, err)
+	}
+}
+
+// until waits for something that no packet tells of.
+func (r *idleRig) until(done func() bool) {
+	r.t.Helper()
+	for end := time.Now().Add(patience); !done(); time.Sleep(idleAfter / 10) {
+		if time.Now().After(end) {
+			r.t.Fatalf("it is not so: %.5000s", otherGoroutines())
 		}
-	})
+	}
 }
 
 // restNow has the goroutine that reads end if host is silent, and reports whether it has

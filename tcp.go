@@ -401,13 +401,8 @@ func (c *tcpConn) readHost() {
 // It is called with c.mu held and returns without it.
 func (c *tcpConn) rest() {
 	s := c.stack
-	keepAlive := s.ownDial && !c.rested
-	c.rested = true
 	c.mu.Unlock()
 	c.host.SetReadDeadline(time.Time{})
-	if keepAlive {
-		hostio.KeepAlive(c.host)
-	}
 	c.mu.Lock()
 	c.calledBack = false
 	c.lull.end()
@@ -466,14 +461,25 @@ const lookInterval = 2 * time.Second
 // lookAtHost looks at what the reader of host waits for, when it is time. It reports
 // whether the reader is to be called back. It is called with c.mu held.
 func (c *tcpConn) lookAtHost(now moment) (rest bool) {
-	switch {
-	case c.lookAt == 0 || now < c.lookAt:
+	if c.lookAt == 0 || now < c.lookAt {
 		return false
-	case c.readWaits:
+	}
+	c.probeHost()
+	if c.readWaits {
 		c.lookForFailure(now)
 		return false
 	}
 	return c.lull.look(now)
+}
+
+// probeHost has the host asked now and then whether it is still there, which no read or
+// write may tell for long: the guest's own probes are answered here. A short connection
+// does without. It is called with c.mu held.
+func (c *tcpConn) probeHost() {
+	if c.stack.ownDial && !c.probed {
+		c.probed = true
+		hostio.KeepAlive(c.host)
+	}
 }
 
 // lookForFailure has a flow end whose host has failed while nothing is read from it, for
@@ -494,6 +500,9 @@ func (c *tcpConn) lookForFailure(now moment) {
 // returns without it.
 func (c *tcpConn) hostEnded(err error) {
 	c.readDone = true
+	if c.lookAt == 0 {
+		c.lookAt = c.stack.now().Add(idleAfter)
+	}
 	if (err == io.EOF || c.closedWhole) && !c.writeErr {
 		c.tcb.CloseWrite()
 	} else {

@@ -51,7 +51,7 @@ type tcpConn struct {
 	heldUntil   moment        // when bytes that wait for more are written; 0: none do
 	pumping     bool          // a goroutine writes to host
 	readWaits   bool          // for room in the send buffer
-	rested      bool          // the reader of host has ended for a rest before
+	probed      bool          // host is asked now and then whether it is there
 	readDone    bool          // host has nothing more to say
 	ending      bool          // host has failed, and its last words wait for emitting to be false
 	writeDone   bool          // nothing more is written to host
