@@ -58,9 +58,29 @@ func newIdleRig(t *testing.T, fam family, cfg Config) *idleRig {
 // connect opens a flow, and returns it and its three ends.
 func (r *idleRig) connect() (*tcpConn, *guest, *net.TCPConn) {
 	r.t.Helper()
+	c, g := r.begin()
+	return c, g, r.accept()
+}
+
+// begin opens a flow, and returns it and its guest.
+func (r *idleRig) begin() (*tcpConn, *guest) {
+	r.t.Helper()
 	r.port++
 	g := r.open(r.port, r.listener.Addr().(*net.TCPAddr).AddrPort())
 	g.connect()
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	for _, f := range r.s.flows {
+		if c, ok := f.(*tcpConn); ok && c.key.guestPort == r.port {
+			return c, g
+		}
+	}
+	r.t.Fatal("no flow")
+	return nil, nil
+}
+
+// accept returns the other end of the host's side of a flow.
+func (r *idleRig) accept() *net.TCPConn {
 	r.listener.SetDeadline(time.Now().Add(patience))
 	far, err := r.listener.AcceptTCP()
 	if err != nil {
@@ -68,15 +88,7 @@ func (r *idleRig) connect() (*tcpConn, *guest, *net.TCPConn) {
 	}
 	r.t.Cleanup(func() { far.Close() })
 	far.SetDeadline(time.Now().Add(patience))
-	r.s.mu.Lock()
-	defer r.s.mu.Unlock()
-	for _, f := range r.s.flows {
-		if c, ok := f.(*tcpConn); ok && c.key.guestPort == r.port {
-			return c, g, far
-		}
-	}
-	r.t.Fatal("no flow")
-	return nil, nil, nil
+	return far
 }
 
 // rests reports whether the flow rests, and will do so until there is something to read.
@@ -140,13 +152,23 @@ func TestIdleReader(t *testing.T) {
 // whatever the flow is at: the guest, whose own keep-alives are answered here, would never
 // hear that it is not.
 func TestProbedHost(t *testing.T) {
-	for name, begin := range map[string]func(r *idleRig, c *tcpConn, g *guest, far *net.TCPConn){
-		"silent": func(r *idleRig, c *tcpConn, g *guest, far *net.TCPConn) {},
-		"half-closed": func(r *idleRig, c *tcpConn, g *guest, far *net.TCPConn) {
-			far.CloseWrite()
-			g.expectFIN()
+	for name, begin := range map[string]func(r *idleRig) *tcpConn{
+		"silent": func(r *idleRig) *tcpConn {
+			c, _, _ := r.connect()
+			return c
 		},
-		"full": func(r *idleRig, c *tcpConn, g *guest, far *net.TCPConn) {
+		"half-closed": func(r *idleRig) *tcpConn {
+			var first sync.Once
+			r.setHook(func([]byte) error { // of the SYN-ACK: nothing was read yet
+				first.Do(func() { r.accept().CloseWrite() })
+				return nil
+			})
+			c, g := r.begin()
+			g.expectFIN()
+			return c
+		},
+		"full": func(r *idleRig) *tcpConn {
+			c, _, far := r.connect()
 			go far.Write(make([]byte, 32<<20)) // of which the guest acknowledges nothing
 			r.until(func() bool {
 				c.mu.Lock()
@@ -158,12 +180,12 @@ func TestProbedHost(t *testing.T) {
 				c.setTimer(c.lookAt)
 				return true
 			})
+			return c
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			eachRest(t, func(t *testing.T, r *idleRig) {
-				c, g, far := r.connect()
-				begin(r, c, g, far)
+				c := begin(r)
 				raw, err := c.host.(*net.TCPConn).SyscallConn()
 				if err != nil {
 					t.Fatal(err)
