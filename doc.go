@@ -99,9 +99,10 @@
 //
 // The first datagram opens a connected host socket, on a goroutine that goes on
 // as its reader; those that come meanwhile are queued, up to 16. As with TCP it ends
-// when the host is silent, on Linux and if Dial is not set; elsewhere it waits. The
-// socket then has a receive buffer of 1 MiB too, or what the system allows. A
-// socket of the operating system is written to on the packet path, as it takes
+// when the host is silent, on Linux and if Dial is not set; elsewhere it waits. If Dial
+// is not set the socket has a receive buffer of 256 KiB, as far as the system allows
+// (Linux doubles it): so much of the host's may wait for a Writer, in the memory of the
+// system. A socket of the operating system is written to on the packet path, as it takes
 // datagrams without waiting or not at all. Any other connection is written to by
 // a goroutine that exists while datagrams wait for it, up to 64. What finds no
 // room is dropped. Answers of any size go to the guest, in fragments above the

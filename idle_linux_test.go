@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -117,19 +118,109 @@ func TestIdleUDP(t *testing.T) {
 
 // A flow that rests ends when it has been idle for long enough, with its socket.
 func TestIdleUDPExpiry(t *testing.T) {
-	eachUDPRest(t, Config{UDPIdleTimeout: 8 * idleAfter}, func(t *testing.T, r *idleUDPRig) {
+	eachUDPRest(t, Config{UDPIdleTimeout: time.Hour}, func(t *testing.T, r *idleUDPRig) {
 		r.say("hello")
 		r.hear("hello")
+		r.rest()
 		f := r.flow()
+		f.mu.Lock()
+		f.active = f.active.Add(-2 * time.Hour)
+		f.mu.Unlock()
+		f.onTimer()
 		r.until("the flow has ended", func() bool { return r.s.Stats().UDPFlows == 0 })
 		r.until("its socket is closed", func() bool {
 			_, err := f.socket().(*net.UDPConn).Write(nil)
 			return err != nil && strings.Contains(err.Error(), net.ErrClosed.Error())
 		})
-		if running := otherGoroutines(); strings.Contains(running, "(*udpFlow).") {
-			t.Errorf("a goroutine is left: %.5000s", running)
+		r.until("its goroutines have ended", func() bool { return !strings.Contains(otherGoroutines(), "(*udpFlow).") })
+	})
+}
+
+// Where there is no descriptor to wait with, the goroutine goes on.
+func TestIdleUDPWithoutPoller(t *testing.T) {
+	eachUDPRest(t, Config{}, func(t *testing.T, r *idleUDPRig) {
+		r.say("hello")
+		r.hear("hello")
+		f := r.flow()
+		var limit syscall.Rlimit
+		if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+			t.Fatal(err)
+		}
+		if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: 3, Max: limit.Max}); err != nil {
+			t.Skip(err)
+		}
+		defer syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit)
+		r.until("the flow has tried to rest", func() bool {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			return !f.rests
+		})
+		for range 3 {
+			r.answer("down")
+			r.expect("down")
 		}
 	})
+}
+
+// A host that speaks now and then is not idle.
+func TestUDPHostSpeaks(t *testing.T) {
+	eachUDPRest(t, Config{}, func(t *testing.T, r *idleUDPRig) {
+		r.say("hello")
+		r.hear("hello")
+		f := r.flow()
+		waits := func() (waits bool) {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			if waits = f.silent && !f.calledBack && f.lookAt != 0; waits {
+				f.lookAt = f.stack.now().Add(patience)
+			}
+			return waits
+		}
+		r.until("the reader waits", func() bool {
+			if waits() {
+				return true
+			}
+			r.answer("wake up")
+			r.expect("wake up")
+			return false
+		})
+		r.answer("down")
+		r.expect("down")
+		r.until("the reader waits again", waits)
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if f.idle {
+			t.Error("idle")
+		}
+	})
+}
+
+// TestLull: a host is idle when it was silent for all of the time, and a reader is called
+// back once.
+func TestLull(t *testing.T) {
+	var s Stack
+	s.began = time.Now()
+	var l lull
+	if !l.begin(&s) || l.begin(&s) {
+		t.Error("a second silence sets lookAt again, or the first does not")
+	}
+	l.end()
+	if l.look(l.lookAt) || l.lookAt != 0 {
+		t.Errorf("the host speaks: %+v", l)
+	}
+	l.begin(&s)
+	l.end()
+	l.begin(&s)
+	again := l.lookAt.Add(idleAfter)
+	if l.look(l.lookAt) || l.lookAt != again {
+		t.Errorf("the host has spoken: %+v, want another look at %v", l, again)
+	}
+	if !l.look(again) || l.lookAt != 0 || !l.calledBack {
+		t.Errorf("the host is idle: %+v", l)
+	}
+	if l.look(again) {
+		t.Error("called back again")
+	}
 }
 
 // TestRestingUDP has goroutines end all the time while datagrams come: none is lost.
@@ -190,7 +281,11 @@ func TestUDPHostBurst(t *testing.T) {
 			return r.keep(frame)
 		})
 		r.answer("first")
-		<-writing
+		select {
+		case <-writing:
+		case <-time.After(patience):
+			t.Fatal("no frame")
+		}
 		text := func(i int) string { return fmt.Sprintf("%4d%s", i, pattern(1396)) }
 		const n = 150
 		for i := range n {

@@ -415,14 +415,11 @@ func (c *tcpConn) rest() {
 
 // hostReadable is the end of a rest.
 func (c *tcpConn) hostReadable() {
-	if !c.enter() {
-		return
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.gone {
+		c.stack.goroutines.Go(c.readHost)
 	}
-	c.mu.Unlock()
-	go func() {
-		defer c.stack.goroutines.Done()
-		c.readHost()
-	}()
 }
 
 // awaitHost goes on as readHost as soon as there is something to read. Until then it

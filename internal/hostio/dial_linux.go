@@ -36,7 +36,7 @@ func connectNow(network, address string, c syscall.RawConn) error {
 	}
 	var failed error
 	err = c.Control(func(fd uintptr) { failed = syscall.Connect(int(fd), sa) })
-	if err == nil && failed != nil && failed != syscall.EINPROGRESS {
+	if err == nil && failed != nil && failed != syscall.EINPROGRESS && failed != syscall.EINTR {
 		err = os.NewSyscallError("connect", failed)
 	}
 	return err

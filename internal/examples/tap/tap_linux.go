@@ -186,7 +186,7 @@ func (d *device) each(f func(frames [][]byte)) error {
 	var failed error
 	err := d.raw.Read(func(uintptr) (done bool) {
 		last := time.Now() // when there were frames, or a sign of them
-		for yielded := last; ; {
+		for othersRan := last; ; {
 			empty, err := d.read()
 			if len(d.frames) > 0 {
 				f(d.frames)
@@ -202,10 +202,10 @@ func (d *device) each(f func(frames [][]byte)) error {
 			case empty:
 				d.others.run()
 				yield()
-				yielded = time.Now()
-			case time.Since(yielded) >= turn:
+				othersRan = time.Now()
+			case time.Since(othersRan) >= turn:
 				d.others.run()
-				yielded = time.Now()
+				othersRan = time.Now()
 			}
 		}
 	})
