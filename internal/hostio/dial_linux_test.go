@@ -145,10 +145,11 @@ func TestDialerWaits(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer syscall.Close(fd)
+	wait := syscall.NsecToTimeval(int64(patience))
 	if err := errors.Join(
 		syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}),
 		syscall.Listen(fd, 0),
-		syscall.SetsockoptTimeval(fd, syscall.SOL_SOCKET, syscall.SO_RCVTIMEO, &syscall.Timeval{Sec: int64(patience / time.Second)}),
+		syscall.SetsockoptTimeval(fd, syscall.SOL_SOCKET, syscall.SO_RCVTIMEO, &wait),
 	); err != nil {
 		t.Fatal(err)
 	}
