@@ -8,7 +8,6 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -66,16 +65,6 @@ func (r *idleUDPRig) flow() *udpFlow {
 	}
 	r.t.Fatal("no flow")
 	return nil
-}
-
-// until waits for something that no packet tells of.
-func (r *idleUDPRig) until(what string, done func() bool) {
-	r.t.Helper()
-	for end := time.Now().Add(patience); !done(); time.Sleep(idleAfter / 10) {
-		if time.Now().After(end) {
-			r.t.Fatalf("not so: %s; %.5000s", what, otherGoroutines())
-		}
-	}
 }
 
 // rest waits until no goroutine reads from the flow's host.
@@ -195,66 +184,28 @@ func TestUDPHostSpeaks(t *testing.T) {
 	})
 }
 
-// TestLull: a host is idle when it was silent for all of the time, and a reader is called
-// back once.
-func TestLull(t *testing.T) {
-	var s Stack
-	s.began = time.Now()
-	var l lull
-	if !l.begin(&s) || l.begin(&s) {
-		t.Error("a second silence sets lookAt again, or the first does not")
-	}
-	l.end()
-	if l.look(l.lookAt) || l.lookAt != 0 {
-		t.Errorf("the host speaks: %+v", l)
-	}
-	l.begin(&s)
-	l.end()
-	l.begin(&s)
-	again := l.lookAt.Add(idleAfter)
-	if l.look(l.lookAt) || l.lookAt != again {
-		t.Errorf("the host has spoken: %+v, want another look at %v", l, again)
-	}
-	if !l.look(again) || l.lookAt != 0 || !l.calledBack {
-		t.Errorf("the host is idle: %+v", l)
-	}
-	if l.look(again) {
-		t.Error("called back again")
-	}
-}
-
 // TestRestingUDP has goroutines end all the time while datagrams come: none is lost.
 func TestRestingUDP(t *testing.T) {
 	eachUDPRest(t, Config{}, func(t *testing.T, r *idleUDPRig) {
 		r.say("hello")
 		r.hear("hello")
 		f := r.flow()
-		turns, done := 0, make(chan bool)
-		var wg sync.WaitGroup
-		wg.Go(func() {
-			for {
-				select {
-				case <-done:
-					return
-				default:
-				}
-				f.mu.Lock()
-				if f.silent && !f.calledBack {
-					f.idle, f.lookAt = true, f.stack.now()
-					turns++
-				}
-				f.mu.Unlock()
-				f.onTimer()
-				time.Sleep(10 * time.Microsecond)
+		turns := 0
+		stop := again(func() {
+			f.mu.Lock()
+			if f.silent && !f.calledBack {
+				f.idle, f.lookAt = true, f.stack.now()
+				turns++
 			}
+			f.mu.Unlock()
+			f.onTimer()
 		})
 		for i := range soak(500, 20_000) {
 			r.answer(strconv.Itoa(i))
 			r.expect(strconv.Itoa(i))
 			time.Sleep(time.Duration(rand.IntN(300)) * time.Microsecond)
 		}
-		close(done)
-		wg.Wait()
+		stop()
 		if turns == 0 {
 			t.Error("no goroutine has ended")
 		}

@@ -105,7 +105,7 @@ func (r *idleRig) rests(c *tcpConn) bool {
 // rest waits until the flow rests.
 func (r *idleRig) rest(c *tcpConn) {
 	r.t.Helper()
-	r.until(func() bool { return r.rests(c) })
+	r.until("the flow rests", func() bool { return r.rests(c) })
 }
 
 // TestIdleReader has everything happen to flows that rest.
@@ -170,7 +170,7 @@ func TestProbedHost(t *testing.T) {
 		"full": func(r *idleRig) *tcpConn {
 			c, _, far := r.connect()
 			go far.Write(make([]byte, 32<<20)) // of which the guest acknowledges nothing
-			r.until(func() bool {
+			r.until("the buffer is full", func() bool {
 				c.mu.Lock()
 				defer c.mu.Unlock()
 				if !c.readWaits {
@@ -190,7 +190,7 @@ func TestProbedHost(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				r.until(func() bool {
+				r.until("the host is probed", func() bool {
 					on := 0
 					raw.Control(func(fd uintptr) {
 						on, err = syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_KEEPALIVE)
@@ -203,11 +203,11 @@ func TestProbedHost(t *testing.T) {
 }
 
 // until waits for something that no packet tells of.
-func (r *idleRig) until(done func() bool) {
-	r.t.Helper()
+func (m *machine) until(what string, done func() bool) {
+	m.t.Helper()
 	for end := time.Now().Add(patience); !done(); time.Sleep(idleAfter / 10) {
 		if time.Now().After(end) {
-			r.t.Fatalf("it is not so: %.5000s", otherGoroutines())
+			m.t.Fatalf("not so: %s; %.5000s", what, otherGoroutines())
 		}
 	}
 }
@@ -282,6 +282,16 @@ func TestRestingReader(t *testing.T) {
 // restWhile has a flow rest, again and again, until f returns.
 func (r *idleRig) restWhile(c *tcpConn, f func()) {
 	r.t.Helper()
+	defer again(func() {
+		if restNow(c) {
+			r.turns++
+		}
+	})()
+	f()
+}
+
+// again calls f again and again, beside the caller, until stop is called.
+func again(f func()) (stop func()) {
 	done := make(chan bool)
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -291,17 +301,14 @@ func (r *idleRig) restWhile(c *tcpConn, f func()) {
 				return
 			default:
 			}
-			if restNow(c) {
-				r.turns++
-			}
+			f()
 			time.Sleep(10 * time.Microsecond)
 		}
 	})
-	defer func() {
+	return func() {
 		close(done)
 		wg.Wait()
-	}()
-	f()
+	}
 }
 
 // hold keeps a new flow from resting, and reports false if it does so already.
@@ -378,4 +385,32 @@ func TestIdleAfterWriter(t *testing.T) {
 			c.mu.Unlock()
 		}
 	})
+}
+
+// TestLull: a host is idle when it was silent for all of the time, and a reader is called
+// back once.
+func TestLull(t *testing.T) {
+	var s Stack
+	s.began = time.Now()
+	var l lull
+	if !l.begin(&s) || l.begin(&s) {
+		t.Error("a second silence sets lookAt again, or the first does not")
+	}
+	l.end()
+	if l.look(l.lookAt) || l.lookAt != 0 {
+		t.Errorf("the host speaks: %+v", l)
+	}
+	l.begin(&s)
+	l.end()
+	l.begin(&s)
+	again := l.lookAt.Add(idleAfter)
+	if l.look(l.lookAt) || l.lookAt != again {
+		t.Errorf("the host has spoken: %+v, want another look at %v", l, again)
+	}
+	if !l.look(again) || l.lookAt != 0 || !l.calledBack {
+		t.Errorf("the host is idle: %+v", l)
+	}
+	if l.look(again) {
+		t.Error("called back again")
+	}
 }

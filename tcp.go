@@ -497,7 +497,7 @@ func (c *tcpConn) lookForFailure(now moment) {
 // returns without it.
 func (c *tcpConn) hostEnded(err error) {
 	c.readDone = true
-	if c.lookAt == 0 {
+	if c.lookAt == 0 { // a look has the host probed
 		c.lookAt = c.stack.now().Add(idleAfter)
 	}
 	if (err == io.EOF || c.closedWhole) && !c.writeErr {

@@ -1109,8 +1109,8 @@ func (f *udpFlow) schedule(now moment) {
 	}
 }
 
-// onTimer ends a flow that has been idle for too long, or has it rest. Datagrams leave the timer
-// alone: it fires in vain then, and is set again.
+// onTimer ends a flow that has been idle for too long, or has it rest. Datagrams leave
+// the timer alone: it fires in vain then, and is set again.
 func (f *udpFlow) onTimer() {
 	f.mu.Lock()
 	now := f.stack.now()

@@ -1,4 +1,4 @@
-//go:build unix
+//go:build unix || js || wasip1
 
 package hostio
 
@@ -10,7 +10,7 @@ var errnos = []struct {
 }{
 	{syscall.ECONNREFUSED, Refused},
 	{syscall.EHOSTUNREACH, HostUnreachable},
-	{syscall.EHOSTDOWN, HostUnreachable},
+	{hostDown, HostUnreachable},
 	{syscall.ENETUNREACH, NetUnreachable},
 	{syscall.ENETDOWN, NetUnreachable},
 	{syscall.EADDRNOTAVAIL, NetUnreachable},

@@ -1,21 +1,7 @@
-//go:build js || wasip1
-
 package hostio
 
 import "syscall"
 
-var errnos = []struct {
-	errno syscall.Errno
-	kind  Kind
-}{
-	{syscall.ECONNREFUSED, Refused},
-	{syscall.EHOSTUNREACH, HostUnreachable},
-	{syscall.ENETUNREACH, NetUnreachable},
-	{syscall.ENETDOWN, NetUnreachable},
-	{syscall.EADDRNOTAVAIL, NetUnreachable},
-	{syscall.EACCES, Prohibited},
-	{syscall.EPERM, Prohibited},
-	{syscall.EMSGSIZE, TooLong},
-	{syscall.EAGAIN, Full},
-	{syscall.ENOBUFS, Full},
-}
+// hostDown is the errno of a host that does not answer, which WebAssembly's systems do not
+// tell from one that cannot be reached.
+const hostDown = syscall.EHOSTUNREACH

@@ -26,8 +26,8 @@ func NewPoller(goroutines *sync.WaitGroup) *Poller { return &Poller{goroutines: 
 // from a socket, or it has ended or failed. Ready must not block: others wait for the same
 // goroutine. It may be called for nothing. Await reports false if that is not possible.
 //
-// Whoever closes the socket calls Forget before. If somebody else may close it, or call it back
-// from a read by a deadline, Await is of no use: it hears of neither.
+// Whoever closes the socket calls Forget before. If somebody else may close it, or call
+// it back from a read by a deadline, Await is of no use: it hears of neither.
 func (p *Poller) Await(socket syscall.Conn, ready func()) (ok bool) {
 	control(socket, func(fd uintptr) {
 		p.mu.Lock()

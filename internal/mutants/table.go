@@ -151,7 +151,7 @@ var mutants = []mutant{
 	{"relay/guest's reset is a FIN", "tcp.go", "h.SetLinger(0)", "h.SetLinger(-1)", stack},
 	{"relay/unwritten data acknowledged", "tcp.go", "\tif err != nil {\n\t\tc.hostFailed()\n\t}\n", "", stack},
 	{"relay/host of a flow that rests not probed", "tcp.go", "c.stack.ownDial && !c.probed", "c.stack.ownDial && c.probed", stack},
-	{"relay/host that has said all not probed", "tcp.go", "\tif c.lookAt == 0 {\n\t\tc.lookAt = c.stack.now().Add(idleAfter)\n\t}\n\tif (err", "\tif (err", stack},
+	{"relay/host that has said all not probed", "tcp.go", "\tif c.lookAt == 0 { // a look has the host probed\n\t\tc.lookAt = c.stack.now().Add(idleAfter)\n\t}\n\tif (err", "\tif (err", stack},
 	{"relay/dial is to wait for the poller", "internal/hostio/dial_linux.go", "!strings.HasPrefix(network, \"tcp\")", "strings.HasPrefix(network, \"tcp\")", "./internal/hostio"},
 	{"relay/refusal of the early connect lost", "internal/hostio/dial_linux.go", "failed != syscall.EINPROGRESS &&", "failed == syscall.EINPROGRESS &&", "./internal/hostio"},
 	{"tcp/path not known to the next connection", "tcp.go", "s.mtuTo(key.guestKey())", "s.cfg.MTU", stack},

@@ -1,0 +1,7 @@
+//go:build unix
+
+package hostio
+
+import "syscall"
+
+const hostDown = syscall.EHOSTDOWN
